@@ -61,6 +61,9 @@ def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     for axis, new in zip((-2, -1), size, strict=True):
         old = mask.shape[axis]
         if old != new:
-            rows = np.minimum(((np.arange(new) + 0.5) * (old / new)).astype(np.int64), old - 1)
+            # Pillow adds the scale up step by step, and its rounding errors decide where a position is a whole number.
+            steps = np.full(new, old / new)
+            steps[0] /= 2
+            rows = np.minimum(np.add.accumulate(steps).astype(np.int64), old - 1)
             mask = np.take(mask, rows, axis)
     return mask

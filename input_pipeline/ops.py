@@ -47,21 +47,16 @@ def decode_image(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def resize_image(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    """uint8 [H, W, 3] squashed to uint8 [h, w, 3]; equal to Pillow's antialiased bilinear filter within 1/255."""
+    """uint8 [H, W, 3] squashed to uint8 [h, w, 3] as by Pillow's antialiased bilinear filter, within 1/255 everywhere."""
     tf = tensorflow()
-    resized = tf.image.resize(image, size, method="bilinear", antialias=True)
-    return tf.cast(tf.clip_by_value(tf.round(resized), 0, 255), tf.uint8)
-
-
-def resize_mask(mask: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    """uint8 [H, W] to [h, w] by nearest; equal to Pillow's."""
-    tf = tensorflow()
-    shape = tf.shape(mask)
-    for axis, new in enumerate(size):
-        old = shape[axis]
-        # Pillow takes floor((i + 1/2) * old / new), here in whole numbers.
-        mask = tf.gather(mask, (2 * tf.range(new) + 1) * old // (2 * new), axis=axis)
-    return mask
+    shape = tf.shape(image)
+    # Pillow rounds between its two passes; rounding once is off by one level at every sixth value.
+    for height, width in ((shape[0], size[1]), size):
+        image = tf.image.resize(
+            tf.cast(image, tf.float32), (height, width), method="bilinear", antialias=True
+        )
+        image = tf.floor(image + 0.5)
+    return tf.ensure_shape(tf.cast(image, tf.uint8), (*size, 3))
 
 
 def normalise(images: np.ndarray) -> np.ndarray:
