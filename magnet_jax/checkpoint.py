@@ -1,0 +1,157 @@
+"""Checkpoints: saved in the background, whole or not at all, restored exactly on any number of devices.
+
+A checkpoint has three items: `params` (all that evaluation needs), `rest` (step, optimizer state, seed) and `meta`
+(JSON: configuration, data position). Layout and formats are orbax's.
+"""
+
+import contextlib
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from magnet_jax.errors import UserError
+from magnet_jax.sharding import path_name
+
+
+class Checkpointer:
+    """Saves and restores `TrainState`s under `workdir/checkpoints`; keeps the latest few and the best one."""
+
+    def __init__(self, workdir: str | Path, keep: int = 2, read_only: bool = False):
+        self.directory = (Path(workdir) / "checkpoints").absolute()
+        policies = [
+            checkpoint_managers.LatestN(max(keep, 1)),
+            checkpoint_managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+        ]
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                create=not read_only,
+                read_only=read_only,
+                best_fn=_score,
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                enable_async_checkpointing=not read_only,
+                cleanup_tmp_directories=not read_only,  # What a killed run left half-written.
+            ),
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "rest": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def best_score(self) -> float:
+        """The best score saved so far; -inf where there is none."""
+        step = self._manager.best_step()
+        metrics = None if step is None else self._manager.metrics(step)
+        return float("-inf") if metrics is None else _score(metrics)
+
+    def save(self, step: int, state, meta: dict, score: float | None = None) -> None:
+        """Starts saving and returns; `score` (higher is better) makes it a candidate for the best.
+
+        Raises OSError where an earlier save failed (a full disk).
+        """
+        if step == self.latest_step():
+            return
+        with _os_errors(self.directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    rest=ocp.args.StandardSave(_rest(state)),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                metrics=None if score is None else {"score": score},
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Waits until everything is on disk; raises OSError where it is not."""
+        with _os_errors(self.directory):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def restore(self, shapes, shardings):
+        """The latest checkpoint as a state like `shapes`, placed by `shardings`; and its meta data."""
+        step = self.latest_step()
+        target = _placed(shapes, shardings)
+        self._check_shapes(step, {"params": target.params, "rest": _rest(target)})
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(target.params),
+                rest=ocp.args.StandardRestore(_rest(target)),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        return shapes.replace(params=found.params, **found.rest), found.meta
+
+    def restore_params(self, shapes, shardings, which: str = "latest"):
+        """The parameters of the 'latest' or 'best' checkpoint and its step, for evaluation and prediction."""
+        if which not in ("latest", "best"):
+            raise UserError(f"config.checkpoint.load is '{which}'; expected 'latest' or 'best'")
+        best = self._manager.best_step() if which == "best" else None
+        step = self.latest_step() if best is None else best
+        if step is None:
+            raise UserError(f"no checkpoint in '{self.directory}'; train first or give another --workdir")
+        target = _placed(shapes, shardings)
+        self._check_shapes(step, {"params": target})
+        found = self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))
+        return found.params, step
+
+    def close(self) -> None:
+        """Ends the background threads."""
+        self._manager.close()
+
+    def _check_shapes(self, step: int, expected: dict) -> None:
+        saved = self._manager.item_metadata(step)
+        differences = []
+        for item, tree in expected.items():
+            there, here = _shapes(saved[item].tree), _shapes(tree)
+            for name in sorted(there.keys() | here.keys()):
+                if there.get(name) != here.get(name):
+                    differences.append(
+                        f"{name} {there.get(name, 'absent')} instead of {here.get(name, 'absent')}"
+                    )
+        if differences:
+            raise UserError(
+                f"checkpoint '{self.directory / str(step)}' does not fit the configuration: {len(differences)} arrays "
+                f"differ: {'; '.join(differences)}; use the configuration it was trained with or another --workdir"
+            )
+
+
+def _rest(state) -> dict:
+    return {"step": state.step, "opt_state": state.opt_state, "seed": state.seed}
+
+
+def _score(metrics: dict) -> float:
+    return metrics["score"]
+
+
+def _placed(shapes, shardings):
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+    )
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def _os_errors(directory: Path):
+    """Turns what orbax and tensorstore make of a failed write (ValueError and others) back into an OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(
+            f"could not write a checkpoint to '{directory}': {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,283 @@
+"""Evaluation of one split: every protocol, every expression type, and the two controls.
+
+The controls belong to each figure: `shuffled_text`, the same model given the sentences of other pairs (what it scores
+without language), and `constant_mask`, the best single answer to all examples (what it scores without looking).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import input_pipeline
+from input_pipeline import Loader, Records, Tokenizer, masks, ops
+from input_pipeline.device import to_device
+from magnet_jax import metrics
+from magnet_jax.errors import UserError
+from magnet_jax.sharding import batch_sharding, replicated
+from magnet_jax.train_step import make_eval_step
+from magnet_jax.trained import load_trained
+from magnet_jax.workdir import write_json
+
+PROTOCOLS = ("squash", "original", "gres")
+
+
+@dataclasses.dataclass
+class Picture:
+    """One example to look at: image uint8 [H, W, 3], truth and prediction bool [H, W]."""
+
+    image: np.ndarray
+    text: str
+    truth: np.ndarray
+    prediction: np.ndarray
+
+
+@dataclasses.dataclass
+class Counts:
+    """Pixel counts of N examples, one array per column; zero where another process counts."""
+
+    squash: np.ndarray  # int64 [N, 2], intersection and union at the model's size
+    original: np.ndarray  # int64 [N, 2], the same at the image's own size
+    has_target: np.ndarray  # bool [N]
+    predicted_none: np.ndarray  # bool [N]
+
+    @classmethod
+    def zeros(cls, n: int) -> "Counts":
+        """Nothing counted yet."""
+        pair = np.zeros((2, n, 2), np.int64)
+        return cls(pair[0], pair[1], np.zeros(n, bool), np.zeros(n, bool))
+
+
+class Evaluator:
+    """Evaluates parameters on splits; keeps what does not change (records, decoded images, tokens).
+
+    Args:
+      eval_step: jit-compiled (params, batch) -> dict(mask_logits [B,h,w], class_logits [B,2], intersection [B],
+        union [B]), with outputs replicated over the mesh.
+    """
+
+    def __init__(self, eval_step: Callable, tokenizer: Tokenizer, config: ConfigDict, mesh: Mesh):
+        unknown = set(config.eval.protocols) - set(PROTOCOLS)
+        if unknown or not config.eval.protocols:
+            raise UserError(
+                f"config.eval.protocols is {tuple(config.eval.protocols)}; expected some of {PROTOCOLS}"
+            )
+        self.eval_step, self.tokenizer, self.config, self.mesh = eval_step, tokenizer, config, mesh
+        self._prepared = functools.cache(self._prepare)
+
+    def __call__(self, params, split: str, examples: int = 0, panels: int = 0) -> tuple[dict, list[Picture]]:
+        """Figures of a split as `{protocol: {...}, "shuffled_text": {protocol: {...}}, "constant_mask": {...}}`.
+
+        Args: examples: how many, evenly spread (0: all); panels: pictures wanted, evenly spread.
+        """
+        records, loader = self._prepared(split, examples)
+        n = len(records)
+        passes = {"": Counts.zeros(n)}
+        if self.config.eval.shuffled_text:
+            passes["shuffled_text"] = Counts.zeros(n)
+            partner = other_pairs(records.image_rows, self.config.seed)
+        wanted = set(np.linspace(0, n - 1, min(panels, n)).astype(int).tolist())
+        pictures, foreground = [], 0
+        waiting = []  # The host counts one batch while the devices run the next.
+        for batch in loader:
+            placed = to_device({k: v for k, v in batch.items() if k != "index"}, batch_sharding(self.mesh))
+            outputs = {"": self.eval_step(params, placed)}
+            if "shuffled_text" in passes:
+                rows = partner[np.maximum(batch["index"], 0)]
+                text = to_device(
+                    {"text_ids": loader.text_ids[rows], "text_mask": loader.text_mask[rows]},
+                    batch_sharding(self.mesh),
+                )
+                outputs["shuffled_text"] = self.eval_step(params, placed | text)
+            foreground = foreground + batch["mask"][batch["valid"]].astype(np.int64).sum(axis=0)
+            waiting.append((batch, outputs))
+            if len(waiting) > 1:
+                pictures += self._count(records, *waiting.pop(0), passes, wanted)
+        for entry in waiting:
+            pictures += self._count(records, *entry, passes, wanted)
+        passes, foreground = _over_processes((passes, foreground))
+        results = self._figures(passes[""], records.types)
+        if "shuffled_text" in passes:
+            results["shuffled_text"] = self._figures(passes["shuffled_text"], records.types)
+        mask, figure = metrics.best_constant_mask(foreground, n)
+        results["constant_mask"] = {"oIoU": figure, "area": 100.0 * float(mask.mean())}
+        return results, pictures
+
+    def _prepare(self, split: str, examples: int) -> tuple[Records, Loader]:
+        config = self.config
+        records = input_pipeline.load(config.data.source, split, seed=config.data.seed, **config.data.options)
+        if not len(records):
+            raise UserError(
+                f"split '{split}' of data source '{config.data.source}' is empty; name another one"
+            )
+        if examples and examples < len(records):
+            records = records.select(np.linspace(0, len(records) - 1, examples).astype(int))
+        loader = Loader(
+            records,
+            self.tokenizer,
+            batch_size=config.eval.batch_size,
+            image_size=(config.data.image_size, config.data.image_size),
+            seed=config.seed,
+            train=False,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            prefetch=config.data.prefetch,
+            workers=config.data.workers,
+        )
+        return records, loader
+
+    def _count(
+        self, records: Records, batch: dict, outputs: dict, passes: dict, wanted: set
+    ) -> list[Picture]:
+        """Adds one batch to the counts; returns its pictures."""
+        local = slice(jax.process_index() * len(batch["index"]), None)
+        rows = [(i, int(row)) for i, row in enumerate(batch["index"]) if batch["valid"][i]]
+        outputs = {
+            name: {k: v[local] for k, v in jax.device_get(output).items()} for name, output in outputs.items()
+        }
+        own_size = bool({"original", "gres"} & set(self.config.eval.protocols))
+        for i, row in rows:
+            record = records[row] if own_size else None
+            truth = (
+                masks.decode(record.segmentation, record.height, record.width, "union") if own_size else None
+            )
+            for name, output in outputs.items():
+                counts, logits = passes[name], output["mask_logits"][i]
+                counts.squash[row] = output["intersection"][i], output["union"][i]
+                if own_size:
+                    prediction = upsample(logits, truth.shape) > 0
+                    counts.original[row] = metrics.count_overlap(prediction, truth)
+                    counts.has_target[row] = truth.any()
+                    absent, present = output["class_logits"][i]
+                    counts.predicted_none[row] = absent > present or not prediction.any()
+        return [
+            Picture(
+                _to_uint8(batch["image"][i]),
+                records.texts[row],
+                batch["mask"][i].astype(bool),
+                upsample(outputs[""]["mask_logits"][i], batch["mask"][i].shape) > 0,
+            )
+            for i, row in rows
+            if row in wanted
+        ]
+
+    def _figures(self, counts: Counts, types) -> dict:
+        figures = {
+            "squash": lambda: metrics.by_type(metrics.referring, types, *counts.squash.T),
+            "original": lambda: metrics.by_type(metrics.referring, types, *counts.original.T),
+            "gres": lambda: metrics.by_type(
+                metrics.generalised, types, *counts.original.T, counts.has_target, counts.predicted_none
+            ),
+        }
+        return {protocol: figures[protocol]() for protocol in self.config.eval.protocols}
+
+
+def other_pairs(image_rows: np.ndarray, seed: int) -> np.ndarray:
+    """For every pair the row of another pair, never itself, each used once; of another image wherever possible.
+
+    Args: image_rows: int [N], the image of each pair.
+    Images are put in a random order with their pairs together, and sentences move on by the largest group: that leads
+    out of every image as long as none holds more than half of all pairs.
+    """
+    n = len(image_rows)
+    if n < 2:
+        return np.arange(n)
+    images, group, sizes = np.unique(image_rows, return_inverse=True, return_counts=True)
+    order = np.argsort(np.random.default_rng(seed).permutation(len(images))[group], kind="stable")
+    partner = np.empty(n, np.int64)
+    partner[order] = np.roll(order, -min(int(sizes.max()), n - 1))
+    return partner
+
+
+def _to_uint8(image: np.ndarray) -> np.ndarray:
+    return np.clip(np.round(255 * (image * ops.STD + ops.MEAN)), 0, 255).astype(np.uint8)
+
+
+def upsample(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear resize of [h, w] to `size` with the corners aligned, as the network does it on the device."""
+    rows, columns = (
+        _interpolation(source, target) for source, target in zip(logits.shape, size, strict=True)
+    )
+    return rows @ logits @ columns.T
+
+
+@functools.lru_cache(maxsize=64)
+def _interpolation(source: int, target: int) -> np.ndarray:
+    position = np.linspace(0, source - 1, target) if target > 1 else np.zeros(1)
+    distance = np.abs(position[:, None] - np.arange(source))
+    return np.maximum(0, 1 - distance).astype(np.float32)
+
+
+def _over_processes(tree):
+    """Sums what each process counted; on one process nothing to do."""
+    if jax.process_count() == 1:
+        return tree
+    leaves, structure = jax.tree.flatten(
+        jax.tree.map(dataclasses.asdict, tree, is_leaf=dataclasses.is_dataclass)
+    )
+    sums = [multihost_utils.process_allgather(leaf).sum(axis=0, dtype=leaf.dtype) for leaf in leaves]
+    passes, foreground = jax.tree.unflatten(structure, sums)
+    return {name: Counts(**columns) for name, columns in passes.items()}, foreground
+
+
+def table(results: dict[str, dict]) -> str:
+    """Results of several splits as text: one row per split and protocol, then one per expression type with its floor."""
+    lines = []
+    for split, result in results.items():
+        protocols = [name for name in result if name in PROTOCOLS]
+        for protocol in protocols:
+            figures = {k: v for k, v in result[protocol].items() if k != "types"}
+            shown = "  ".join(f"{k} {_cell(v)}" for k, v in figures.items())
+            lines.append(f"{split:<8}{protocol:<10}{shown}")
+        if "constant_mask" in result:
+            lines.append(
+                f"{split:<8}{'constant':<10}oIoU {_cell(result['constant_mask']['oIoU'])}  (best constant mask)"
+            )
+        for protocol in protocols:
+            floors = result.get("shuffled_text", {}).get(protocol)
+            if floors is None and not result[protocol]["types"]:
+                continue
+            main = next(iter(result[protocol]))  # oIoU or gIoU.
+            lines.append(
+                f"{split:<8}{protocol:<10}{main + ' by type':<18}{'model':>8}{'shuffled':>10}{'gain':>8}{'count':>8}"
+            )
+            for name, figures in {"all": result[protocol], **result[protocol]["types"]}.items():
+                floor = None if floors is None else (floors if name == "all" else floors["types"][name])[main]
+                gain = None if floor is None else figures[main] - floor
+                cells = f"{_cell(figures[main]):>8}{_cell(floor):>10}{_cell(gain):>8}{figures['count']:>8}"
+                lines.append(f"{'':<18}{name:<18}{cells}")
+    return "\n".join(lines)
+
+
+def _cell(value) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
+
+
+def evaluate(workdir: str, config: ConfigDict | None = None) -> dict:
+    """Evaluates the checkpoint of a run on `config.data.eval_splits`; prints a table and writes `results.json`."""
+    trained = load_trained(workdir, config)
+    config, mesh = trained.config, trained.mesh
+    step = jit_eval_step(trained.network, trained.param_shardings, mesh)
+    evaluator = Evaluator(step, trained.tokenizer, config, mesh)
+    results = {
+        split: evaluator(trained.params, split, config.eval.examples)[0] for split in config.data.eval_splits
+    }
+    if jax.process_index() == 0:
+        write_json(Path(workdir) / "results.json", results)
+        print(f"step {trained.step}\n{table(results)}\nresults in '{Path(workdir) / 'results.json'}'")
+    return results
+
+
+def jit_eval_step(network, param_shardings, mesh: Mesh) -> Callable:
+    """The compiled evaluation step; outputs are small and go to every device."""
+    return jax.jit(
+        make_eval_step(network),
+        in_shardings=(param_shardings, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )

@@ -1,0 +1,73 @@
+"""The device mesh and where each array lives on it; parallelism is three lines of configuration.
+
+`config.mesh = (("data", -1),)` names the axes (-1: all remaining devices), `config.sharding = ((regex, tactic), ...)`
+gives every parameter and optimizer array, by its name, the tactic of the first expression found in it.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from magnet_jax.errors import UserError
+
+FSDP_MIN_BYTES = 4 * 2**20  # Smaller arrays cost more to gather than to hold.
+
+
+def make_mesh(axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the named axes over all devices; at most one size may be -1 (the rest)."""
+    devices = jax.devices() if devices is None else devices
+    names, sizes = [name for name, _ in axes], [size for _, size in axes]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"config.mesh is {tuple(map(tuple, axes))}, which does not fit the {len(devices)} devices here; "
+            "make the sizes multiply to that number (-1 stands for the rest)"
+        )
+    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The example axis of a batch split over every mesh axis."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_sharding(shapes, mesh: Mesh, rules: Sequence[tuple[str, str]]):
+    """A tree like `shapes` of NamedSharding, by the first rule whose expression is found in the array's name."""
+
+    def place(path, leaf):
+        name = path_name(path)
+        for pattern, tactic in rules:
+            if re.search(pattern, name):
+                return NamedSharding(mesh, _spec(tactic, leaf, mesh))
+        raise UserError(f"config.sharding has no rule for '{name}'; end it with ('.*', 'replicate')")
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def path_name(path) -> str:
+    """The name of a leaf: the keys that lead to it, joined by '/'."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _spec(tactic: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> PartitionSpec:
+    if tactic == "replicate":
+        return PartitionSpec()
+    if tactic != "fsdp":
+        raise UserError(f"config.sharding has the tactic '{tactic}'; expected 'replicate' or 'fsdp'")
+    axis = mesh.axis_names[0]
+    if math.prod(leaf.shape) * leaf.dtype.itemsize < FSDP_MIN_BYTES:
+        return PartitionSpec()
+    for dimension in sorted(range(len(leaf.shape)), key=lambda d: -leaf.shape[d]):
+        if leaf.shape[dimension] % mesh.shape[axis] == 0:
+            return PartitionSpec(*(axis if d == dimension else None for d in range(len(leaf.shape))))
+    return PartitionSpec()

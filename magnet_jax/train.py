@@ -1,0 +1,236 @@
+"""Training: one function, read from top to bottom."""
+
+import functools
+import math
+import signal
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+import input_pipeline
+from input_pipeline import Loader, Tokenizer
+from input_pipeline.device import prefetch_to_device
+from magnet_jax import visualize
+from magnet_jax import workdir as run_files
+from magnet_jax.checkpoint import Checkpointer
+from magnet_jax.errors import UserError
+from magnet_jax.evaluate import Evaluator, jit_eval_step, table
+from magnet_jax.log import Log, flatten
+from magnet_jax.models import build_network
+from magnet_jax.optim import make_optimizer
+from magnet_jax.sharding import batch_sharding, make_mesh, replicated, state_sharding
+from magnet_jax.train_step import init_state, make_train_step
+from magnet_jax.trained import batch_shapes
+
+
+def train(config: ConfigDict, workdir: str) -> dict:
+    """Trains, or goes on where an earlier run in `workdir` stopped, then evaluates; returns the results.
+
+    A run that was stopped anywhere and started again ends with the same parameters, bit for bit, as one that was not.
+    Raises UserError for a configuration that cannot work or is not that of `workdir`, and for a loss that is not finite.
+    """
+    # ------------------------------------------------------------------------------------------------ run directory
+    workdir = Path(workdir)
+    first_process = jax.process_index() == 0
+    if (workdir / "config.json").exists():
+        run_files.check_same_config(workdir, config)
+    mesh = make_mesh(config.mesh)
+    check_batch_sizes(config, mesh)
+    workdir.mkdir(parents=True, exist_ok=True)
+
+    # --------------------------------------------------------------------------------------------------------- data
+    tokenizer = Tokenizer(config.data.vocab, config.data.max_words)
+    if first_process and not (workdir / "config.json").exists():
+        tokenizer.save(workdir / "tokenizer")
+        run_files.save_config(workdir, config)  # Last: its presence says that the directory holds a run.
+    records = input_pipeline.load(
+        config.data.source, config.data.train_split, seed=config.data.seed, **config.data.options
+    )
+    loader = Loader(
+        records,
+        tokenizer,
+        batch_size=config.data.batch_size,
+        image_size=(config.data.image_size, config.data.image_size),
+        seed=config.seed,
+        train=True,
+        sentences=config.data.sentences,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        prefetch=config.data.prefetch,
+        workers=config.data.workers,
+    )
+    total_steps = config.train.steps or int(config.train.epochs * loader.steps_per_epoch)
+
+    # ---------------------------------------------------------------------------------------------- network and state
+    network = build_network(config)
+    tx, schedule = make_optimizer(config.optimizer, total_steps)
+    init = functools.partial(init_state, network, tx, config.seed, batch_shapes(config))
+    shapes = jax.eval_shape(init)  # Nothing is ever whole on one device.
+    shardings = state_sharding(shapes, mesh, config.sharding)
+
+    checkpointer = Checkpointer(workdir, config.checkpoint.keep)
+    if checkpointer.latest_step() is None:
+        state = jax.jit(init, out_shardings=shardings)()
+    else:
+        state, _ = checkpointer.restore(shapes, shardings)
+    start_step = int(state.step)
+
+    train_step = jax.jit(
+        make_train_step(network, tx, config.loss),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    evaluator = Evaluator(jit_eval_step(network, shardings.params, mesh), tokenizer, config, mesh)
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+    log = Log(workdir, start_step, total_steps, config.data.batch_size, active=first_process)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
+    log.say(
+        f"{len(records)} expressions, {total_steps} steps of {config.data.batch_size}, {parameters / 1e6:.2f} M parameters, "
+        f"{mesh.size} {jax.devices()[0].platform} device(s)"
+    )
+    if start_step:
+        log.say(f"going on from the checkpoint of step {start_step}")
+    elif total_steps:
+        log.say("compiling the train step (some 10 s to some minutes, by size) ...")
+    loader.start_step = start_step
+    batches = prefetch_to_device(iter(loader), batch_sharding(mesh))
+    best = checkpointer.best_score()
+    stop = _StopSignal()
+    unread = []  # Metrics of the steps since the last log line, still on the device.
+
+    def read_metrics() -> dict[str, float]:
+        """Means since the last reading, after making sure that every step's were finite."""
+        rows = jax.device_get(unread)
+        unread.clear()
+        for step, row in rows:
+            bad = [name for name, value in row.items() if not np.isfinite(value)]
+            if bad:
+                checkpointer.wait()
+                good = checkpointer.latest_step()
+                raise UserError(
+                    f"training diverged: {', '.join(bad)} not finite at step {step}; last good checkpoint: "
+                    f"{'none' if good is None else f'step {good}'} in '{checkpointer.directory}'; "
+                    "lower config.optimizer.learning_rate or config.optimizer.clip_norm"
+                )
+        return {name: float(np.mean([row[name] for _, row in rows])) for name in rows[0][1]} if rows else {}
+
+    def save(step: int, score: float | None = None) -> None:
+        checkpointer.save(
+            step, state, {"config": config.to_json(), "examples_seen": step * config.data.batch_size}, score
+        )
+
+    with stop:
+        for step in range(start_step + 1, total_steps + 1):
+            state, metrics = train_step(state, next(batches))
+            unread.append((step, metrics))
+
+            if step == start_step + 1 and step < total_steps:  # Compiled here: keep that out of the speed.
+                log.start_clock(step - 1)
+                jax.block_until_ready(metrics)
+                log.train(step, read_metrics() | {"learning_rate": float(schedule(step - 1))})
+            elif step % config.train.log_every == 0 or step == total_steps:
+                log.train(step, read_metrics() | {"learning_rate": float(schedule(step - 1))})
+
+            score = None
+            if config.train.eval_every and step % config.train.eval_every == 0 and step < total_steps:
+                results, pictures = evaluator(
+                    state.params, config.data.monitor_split, config.eval.monitor_examples, config.eval.panels
+                )
+                score = best_score(results, config)
+                log.evaluation(step, config.data.monitor_split, results, best=score > best)
+                write_panels(log, workdir, step, config.data.monitor_split, pictures)
+
+            stopping = stop.asked(step)
+            improved = score is not None and score > best
+            if improved or stopping or step % config.checkpoint.every_steps == 0 or step == total_steps:
+                read_metrics()
+                save(step, score)
+                best = max(best, score) if score is not None else best
+            if improved or stopping or score is not None:
+                log.start_clock(step)
+            if stopping and step < total_steps:
+                checkpointer.wait()
+                log.say(f"stopped at step {step} and saved; the same command goes on from there")
+                log.close()
+                return {}
+
+    # --------------------------------------------------------------------------------------------- final evaluation
+    checkpointer.wait()
+    results = {}
+    for split in config.data.eval_splits:
+        results[split], pictures = evaluator(state.params, split, config.eval.examples, config.eval.panels)
+        log.evaluation(total_steps, split, results[split])
+        write_panels(log, workdir, total_steps, split, pictures)
+    if first_process:
+        run_files.write_json(workdir / "results.json", results)
+        metric = f"{config.data.monitor_split}/{config.checkpoint.best_metric}"
+        run_files.write_atomically(workdir / "curves.png", visualize.curves(log.history.read(), metric))
+    log.say(table(results))
+    log.say(f"results in '{workdir / 'results.json'}', curves in '{workdir / 'curves.png'}'")
+    log.close()
+    checkpointer.close()
+    return results
+
+
+def check_batch_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError where a batch cannot be divided over the devices."""
+    for name, size in (
+        ("data.batch_size", config.data.batch_size),
+        ("eval.batch_size", config.eval.batch_size),
+    ):
+        if size < 1 or size % mesh.size:
+            raise UserError(f"config.{name} is {size}; expected a multiple of the {mesh.size} devices")
+
+
+def best_score(results: dict, config: ConfigDict) -> float:
+    """The figure that chooses the best checkpoint."""
+    figures = flatten(results)
+    if config.checkpoint.best_metric not in figures:
+        raise UserError(
+            f"config.checkpoint.best_metric is '{config.checkpoint.best_metric}'; expected one of "
+            f"{', '.join(name for name in figures if name.count('/') == 1)}"
+        )
+    return figures[config.checkpoint.best_metric]
+
+
+def write_panels(log: Log, workdir: Path, step: int, split: str, pictures: list) -> None:
+    """Pictures into `panels/step_N/` and TensorBoard."""
+    if not log.active:
+        return
+    images = {
+        f"{split}_{i}": visualize.panel(p.image, p.text, p.truth, p.prediction)
+        for i, p in enumerate(pictures)
+    }
+    for name, image in images.items():
+        run_files.write_atomically(
+            workdir / "panels" / f"step_{step}" / f"{name}.png", visualize.encode_png(image)
+        )
+    log.images(step, {f"panels/{name}": image for name, image in images.items()})
+
+
+class _StopSignal:
+    """Catches SIGTERM, so that a run ends at a step boundary with a checkpoint."""
+
+    def __init__(self):
+        self._asked = threading.Event()
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._former = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+        return self
+
+    def __exit__(self, *_):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._former)
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after this step; the same answer on every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked.is_set()

@@ -1,0 +1,104 @@
+"""Command line of magnet-jax: flags only, one function per mode.
+
+python main.py --config=configs/shapes.py --workdir=DIR [--config.a.b=value ...]
+python main.py --mode=eval --workdir=DIR
+python main.py --mode=predict --workdir=DIR --image=FILE --text="the red ring" --output=out.png
+"""
+
+import os
+import sys
+
+os.environ.setdefault(
+    "TF_CPP_MIN_LOG_LEVEL", "2"
+)  # TensorFlow only reads data here; its start-up notes say nothing.
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+MODES = ("train", "eval", "predict")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment, e.g. configs/shapes.py; needed to train."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, figures, pictures.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+_IMAGE = flags.DEFINE_string("image", None, "Picture to predict on.")
+_TEXT = flags.DEFINE_multi_string(
+    "text", [], "Sentence; repeat the flag or separate by new lines for several."
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", "out.png", "Where predict writes the overlay; the mask goes beside it."
+)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes of a run (jax.distributed).")
+
+
+def main(_) -> None:
+    """Starts JAX as the configuration says and runs one mode; exits 1 with one line for a mistake of the user."""
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save otherwise.
+    from input_pipeline.records import DataError
+    from magnet_jax.errors import UserError
+
+    try:
+        run(_CONFIG.value)
+    except (UserError, DataError) as error:
+        fail(1, str(error))
+    except OSError as error:
+        what = f"{error.strerror}: '{error.filename}'" if error.strerror and error.filename else str(error)
+        fail(1, f"{what}; give a path that exists and can be written, on a disk with room")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail(
+            1, f"out of memory; lower config.data.batch_size or the image size ({str(error).splitlines()[0]})"
+        )
+
+
+def run(config) -> None:
+    """Hands over to the function of the mode."""
+    from magnet_jax.errors import UserError
+    from magnet_jax.workdir import load_config
+
+    needed = {"workdir": _WORKDIR.value}
+    needed |= {"train": {"config": config}, "predict": {"image": _IMAGE.value}}.get(_MODE.value, {})
+    for name, value in needed.items():
+        if not value:
+            raise UserError(f"--{name} is missing; --mode={_MODE.value} needs it")
+    config = load_config(_WORKDIR.value) if config is None else config
+    jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
+
+    if _MODE.value == "train":
+        from magnet_jax.train import train
+
+        train(config, _WORKDIR.value)
+    elif _MODE.value == "eval":
+        from magnet_jax.evaluate import evaluate
+
+        evaluate(_WORKDIR.value, config)
+    else:
+        from magnet_jax.predict import predict
+
+        texts = [line for text in _TEXT.value for line in text.split("\n")]
+        predict(_WORKDIR.value, _IMAGE.value, texts, _OUTPUT.value, config)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's flag parser; anything wrong with a flag or a configuration field is one line and exit code 2."""
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        fail(2, " ".join(str(error).split()))
+    if rest[1:]:
+        fail(2, f"'{rest[1]}' is not a flag; expected --name=value")
+    return rest
+
+
+def fail(code: int, line: str) -> None:
+    """Ends the program with one line on stderr."""
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)
