@@ -26,8 +26,65 @@ def get_config() -> ConfigDict:
     data.workers = 2  # Threads that decode and resize.
     data.prefetch = 2  # Batches prepared ahead.
 
-    c.model = ConfigDict()
-    c.loss = ConfigDict()
+    c.model = model = ConfigDict()
+    model.name = "magnet"
+    model.dtype = "float32"  # Of the computation, 'float32' or 'bfloat16'; parameters and statistics are float32.
+    model.alignment = True  # The Cross-modal Alignment Module; False: plain PWAM fusion, words never see the image.
+    model.pyramids = (1, 2, 3, 6)  # Its granularities.
+    model.fusion_heads = (1, 1, 1, 1)  # Heads of the pixel-word attention, by stage.
+    model.fusion_dropout = 0.0
+    model.language_fusion = "masked"  # 'released' is what the published weights need.
+    model.gate_init = "open"  # 'released': the published initial values, whose language gates never open.
+    model.swin = swin = ConfigDict()  # Swin-B.
+    swin.embed_dim = 128
+    swin.depths = (2, 2, 18, 2)
+    swin.heads = (4, 8, 16, 32)
+    swin.window = 12
+    swin.patch = 4
+    swin.drop_path = 0.3  # Of the last block, rising linearly from 0.
+    model.bert = bert = ConfigDict()  # BERT-base-uncased.
+    bert.vocab_size = 0  # 0: the tokenizer's.
+    bert.hidden = 768
+    bert.heads = 12
+    bert.intermediate = 3072
+    bert.splits = (3, 6, 9, 12)  # Layers done after each of the four parts.
+    bert.max_positions = 512
+    bert.dropout = 0.1
+    model.pixel_decoder = decoder = ConfigDict()
+    decoder.channels = 256
+    decoder.layers = 4
+    decoder.heads = 8
+    decoder.points = 4  # Samples per query, head and level.
+    decoder.feedforward = 1024
+    decoder.groups = 32  # Of the group normalisation of its inputs.
+    decoder.sampling = "auto"  # 'gather', 'dense' (a matrix product, good for small maps) or 'auto'.
+    model.mask_predictor = predictor = ConfigDict()
+    predictor.layers = 9
+    predictor.heads = 8
+    predictor.feedforward = 2048
+
+    c.grounding_head = head = ConfigDict()  # The masked-word predictor, built when its loss has a weight.
+    head.layers = 4
+    head.heads = 12
+    head.intermediate = 3072
+    head.dropout = 0.1
+
+    c.loss = loss = ConfigDict()  # A weight of 0 removes a term and its computation.
+    loss.bce = 5.0
+    loss.dice = 5.0
+    loss.class_ = 2.0  # Is there an object that the sentence means?
+    loss.full_resolution = False  # Compare masks at the image's size instead of the mask features' (stride 4).
+    loss.grounding = 1.0  # Mask Grounding.
+    loss.mask_ratio = 0.15  # Share of words that are masked,
+    loss.mask_at_least_one = True  # but never none of a sentence.
+    loss.mask_keep = 0.1  # Share of these that stay as they are instead of becoming [MASK].
+    loss.mask_id = -1  # Id of [MASK]; -1: the tokenizer's.
+    loss.grounding_shared_pass = True  # Segment from the masked sentence; False: a clean forward pass of its own.
+    loss.alignment = 1.0  # Pixel-to-pixel and pixel-to-text contrast.
+    loss.alignment_stride = 8  # Pixels of the image per compared pixel.
+    loss.alignment_block = 0  # Rows of the pixel-to-pixel similarity held at a time; 0: all.
+    loss.tau_pixel = 0.1
+    loss.tau_text = 0.1
 
     c.optimizer = optimizer = ConfigDict()
     optimizer.name = "adamw"

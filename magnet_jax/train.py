@@ -20,11 +20,11 @@ from magnet_jax.checkpoint import Checkpointer
 from magnet_jax.errors import UserError
 from magnet_jax.evaluate import Evaluator, jit_eval_step, table
 from magnet_jax.log import Log, flatten
-from magnet_jax.models import build_network
+from magnet_jax.network import build_network
 from magnet_jax.optim import make_optimizer
 from magnet_jax.sharding import batch_sharding, make_mesh, replicated, state_sharding
 from magnet_jax.train_step import init_state, make_train_step
-from magnet_jax.trained import batch_shapes
+from magnet_jax.trained import batch_shapes, with_vocabulary
 
 
 def train(config: ConfigDict, workdir: str) -> dict:
@@ -36,6 +36,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
     # ------------------------------------------------------------------------------------------------ run directory
     workdir = Path(workdir)
     first_process = jax.process_index() == 0
+    tokenizer = Tokenizer(config.data.vocab, config.data.max_words)
+    config = with_vocabulary(config, tokenizer)
     if (workdir / "config.json").exists():
         run_files.check_same_config(workdir, config)
     mesh = make_mesh(config.mesh)
@@ -43,7 +45,6 @@ def train(config: ConfigDict, workdir: str) -> dict:
     workdir.mkdir(parents=True, exist_ok=True)
 
     # --------------------------------------------------------------------------------------------------------- data
-    tokenizer = Tokenizer(config.data.vocab, config.data.max_words)
     if first_process and not (workdir / "config.json").exists():
         tokenizer.save(workdir / "tokenizer")
         run_files.save_config(workdir, config)  # Last: its presence says that the directory holds a run.
@@ -80,7 +81,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     start_step = int(state.step)
 
     train_step = jax.jit(
-        make_train_step(network, tx, config.loss),
+        make_train_step(network, tx, config.loss, schedule),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -105,7 +106,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     unread = []  # Metrics of the steps since the last log line, still on the device.
 
     def read_metrics() -> dict[str, float]:
-        """Means since the last reading, after making sure that every step's were finite."""
+        """Means since the last reading (the last learning rate), after making sure that every step's were finite."""
         rows = jax.device_get(unread)
         unread.clear()
         for step, row in rows:
@@ -118,7 +119,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
                     f"{'none' if good is None else f'step {good}'} in '{checkpointer.directory}'; "
                     "lower config.optimizer.learning_rate or config.optimizer.clip_norm"
                 )
-        return {name: float(np.mean([row[name] for _, row in rows])) for name in rows[0][1]} if rows else {}
+        if not rows:
+            return {}
+        means = {name: float(np.mean([row[name] for _, row in rows])) for name in rows[0][1]}
+        return means | {"learning_rate": float(rows[-1][1]["learning_rate"])}
 
     def save(step: int, score: float | None = None) -> None:
         checkpointer.save(
@@ -133,9 +137,9 @@ def train(config: ConfigDict, workdir: str) -> dict:
             if step == start_step + 1 and step < total_steps:  # Compiled here: keep that out of the speed.
                 log.start_clock(step - 1)
                 jax.block_until_ready(metrics)
-                log.train(step, read_metrics() | {"learning_rate": float(schedule(step - 1))})
+                log.train(step, read_metrics())
             elif step % config.train.log_every == 0 or step == total_steps:
-                log.train(step, read_metrics() | {"learning_rate": float(schedule(step - 1))})
+                log.train(step, read_metrics())
 
             score = None
             if config.train.eval_every and step % config.train.eval_every == 0 and step < total_steps:

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from input_pipeline import Tokenizer
 from magnet_jax import workdir as run_files
 from magnet_jax.checkpoint import Checkpointer
-from magnet_jax.models import build_network
+from magnet_jax.errors import UserError
+from magnet_jax.network import Network, build_network
 from magnet_jax.sharding import make_mesh, state_sharding
 from magnet_jax.train_step import init_state
 
@@ -25,7 +25,7 @@ class Trained:
     """A network with the parameters of one checkpoint and all that belongs to it."""
 
     config: ConfigDict
-    network: nn.Module
+    network: Network
     params: Any
     param_shardings: Any
     tokenizer: Tokenizer
@@ -39,7 +39,8 @@ def load_trained(workdir: str | Path, config: ConfigDict | None = None) -> Train
     Raises UserError where there is no run, no checkpoint, or one of other shapes.
     """
     own = run_files.load_config(workdir)
-    config = own if config is None else config
+    tokenizer = Tokenizer(str(Path(workdir) / "tokenizer"), own.data.max_words)
+    config = own if config is None else with_vocabulary(config, tokenizer)
     mesh = make_mesh(config.mesh)
     network = build_network(config)
     init = functools.partial(init_state, network, optax.identity(), config.seed, batch_shapes(config))
@@ -48,8 +49,22 @@ def load_trained(workdir: str | Path, config: ConfigDict | None = None) -> Train
     checkpointer = Checkpointer(workdir, read_only=True)
     params, step = checkpointer.restore_params(shapes, shardings, config.checkpoint.load)
     checkpointer.close()
-    tokenizer = Tokenizer(str(Path(workdir) / "tokenizer"), config.data.max_words)
     return Trained(config, network, params, shardings, tokenizer, mesh, step)
+
+
+def with_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> ConfigDict:
+    """A copy in which what was left to the tokenizer is filled in; raises UserError where it contradicts the tokenizer."""
+    config = config.copy_and_resolve_references()
+    if config.model.bert.vocab_size == 0:
+        config.model.bert.vocab_size = tokenizer.vocab_size
+    if config.loss.mask_id == -1:
+        config.loss.mask_id = tokenizer.mask_id
+    if config.model.bert.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"config.model.bert.vocab_size is {config.model.bert.vocab_size}, but the tokenizer has "
+            f"{tokenizer.vocab_size} words; set 0 to follow the tokenizer"
+        )
+    return config
 
 
 def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:

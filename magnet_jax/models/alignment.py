@@ -1,0 +1,180 @@
+"""Fusion of pixels and words: PWAM and the two directions of the Cross-modal Alignment Module (spec section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from magnet_jax.models.layers import (
+    LayerNorm,
+    adaptive_average_pool,
+    attend,
+    fan_in_dense,
+    fan_in_uniform,
+    gelu,
+    instance_norm,
+    normal,
+    resize_align_corners,
+    truncated_normal,
+    zeros,
+)
+
+
+class PixelWordAttention(nn.Module):
+    """PWAM: every pixel attends to the words and is multiplied by what it finds.
+
+    x `[B, N, C]`, words `[B, L, T]`, word_mask `[B, L]` of {0, 1} -> `[B, N, C]`. `norm` is 'layer' (MagNet) or
+    'instance' (LAVT: over pixels, without parameters). Logits are scaled by the full width C even with several heads.
+    """
+
+    heads: int = 1
+    norm: str = "layer"
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, words, word_mask, *, train: bool = False):
+        channels, text = x.shape[-1], words.shape[-1]
+        keep = word_mask[..., None].astype(self.dtype)
+
+        def normalise(y, name):
+            return LayerNorm(name=name)(y) if self.norm == "layer" else instance_norm(y)
+
+        def split(y):
+            return y.reshape(*y.shape[:-1], self.heads, channels // self.heads)
+
+        def dense(name):
+            return nn.Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name=name)
+
+        def drop(y):
+            return nn.Dropout(self.dropout)(y, deterministic=not train)
+
+        query = normalise(dense("query")(x), "query_norm")
+        key = fan_in_dense(channels, text, dtype=self.dtype, name="key")(words) * keep
+        value = fan_in_dense(channels, text, dtype=self.dtype, name="value")(words) * keep
+        bias = 1e4 * word_mask[:, None, None].astype(jnp.float32) - 1e4
+        language = attend(split(query), split(key), split(value), scale=channels**-0.5, bias=bias).reshape(x.shape)
+        language = normalise(dense("output")(language), "output_norm")
+        visual = drop(gelu(fan_in_dense(channels, channels, dtype=self.dtype, name="visual")(x)))
+        return drop(gelu(fan_in_dense(channels, channels, dtype=self.dtype, name="mixed")(visual * language)))
+
+
+class Gate(nn.Module):
+    """How much of a fused feature enters an encoder: tanh(Linear(activation(Linear(r)))), no biases, same shape as r.
+
+    `start` 'open': the second linear starts at zero, so that the network is unchanged at step 0 and yet the gate learns;
+    'normal': both start normal .02; 'zero': both zero, which never opens (section 2b).
+    """
+
+    start: str
+    activation: Any
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, r):
+        first = zeros if self.start == "zero" else normal
+        second = normal if self.start == "normal" else zeros
+        y = nn.Dense(r.shape[-1], use_bias=False, kernel_init=first, dtype=self.dtype, name="fc1")(r)
+        y = nn.Dense(r.shape[-1], use_bias=False, kernel_init=second, dtype=self.dtype, name="fc2")(self.activation(y))
+        return jnp.tanh(y)
+
+
+class Pyramid(nn.Module):
+    """One granularity of the alignment module: the map pooled to size x size, fused with the words, and resized back.
+
+    x `[B, H, W, C]`, words `[B, L, T]` -> `[B, H, W, C/4]`.
+    """
+
+    size: int
+    heads: int = 1
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, words, word_mask, *, train: bool = False):
+        batch, height, width, channels = x.shape
+
+        def dense(features, name):
+            return nn.Dense(features, use_bias=False, kernel_init=fan_in_uniform, dtype=self.dtype, name=name)
+
+        y = LayerNorm(1e-6, name="norm")(dense(4 * channels, "fc1")(adaptive_average_pool(x, self.size)))
+        y = dense(channels // 4, "fc3")(gelu(dense(channels, "fc2")(y)))
+        y = y.reshape(batch, self.size**2, channels // 4)
+        y = PixelWordAttention(self.heads, "layer", self.dropout, self.dtype, name="pwam")(
+            y, words, word_mask, train=train
+        )
+        return resize_align_corners(y.reshape(batch, self.size, self.size, -1), (height, width))
+
+
+class ImageAlignment(nn.Module):
+    """Cross-modal Alignment Module, image side (paper figure 4).
+
+    x `[B, H, W, C]`, words `[B, L, T]`, word_mask `[B, L]` -> (decoder feature s `[B, H, W, C]`, fused r `[B, H, W, C]`).
+    Without `pyramids` it is the plain PWAM fusion, and s is r.
+    """
+
+    pyramids: Sequence[int] = (1, 2, 3, 6)
+    heads: int = 1
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, words, word_mask, *, train: bool = False):
+        batch, height, width, channels = x.shape
+        flat = x.reshape(batch, height * width, channels)
+        pwam = PixelWordAttention(self.heads, "layer", self.dropout, self.dtype, name="pwam")
+        r = pwam(flat, words, word_mask, train=train).reshape(x.shape)
+        if not self.pyramids:
+            return r, r
+        maps = [
+            Pyramid(size, self.heads, self.dropout, self.dtype, name=f"pyramid_{i}")(x, words, word_mask, train=train)
+            for i, size in enumerate(self.pyramids)
+        ]
+        s = nn.Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="mixer1")(
+            jnp.concatenate([*maps, r], -1)
+        )
+        s = LayerNorm(name="mixer_norm")(s)
+        s = nn.Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="mixer2")(s)
+        return gelu(s), r
+
+
+class LanguageAlignment(nn.Module):
+    """Cross-modal Alignment Module, language side: every word attends to the pixels.
+
+    words `[B, L, T]`, x `[B, N, C]`, word_mask `[B, L]` of {0, 1} -> r_l `[B, L, T]`.
+    `mode` 'masked' zeroes the queries of padding and takes the statistics over words from real words. 'released' has the
+    behaviour that the published weights depend on: the additive mask 0 / -10000 takes the place of {0, 1} (spec
+    section 2); its rounding matters, so it is computed in float32 whatever the compute dtype.
+    """
+
+    mode: str = "masked"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, words, x, word_mask):
+        hidden, channels = words.shape[-1], x.shape[-1]
+        dtype = jnp.float32 if self.mode == "released" else self.dtype
+
+        def dense(fan_in, name):
+            return fan_in_dense(hidden, fan_in, dtype=dtype, name=name)
+
+        query = dense(hidden, "query")(words)
+        key = instance_norm(dense(channels, "key")(x))
+        value = instance_norm(dense(channels, "value")(x))
+        if self.mode == "released":
+            mask = (word_mask.astype(jnp.float32) - 1.0) * 10000.0
+            statistics, row_bias = None, (1e4 * mask - 1e4)[..., None]
+        else:
+            mask = word_mask.astype(dtype)
+            statistics, row_bias = word_mask, 0.0
+        query = query * mask[..., None]
+        logits = jnp.einsum("blt,bnt->bln", query, key, preferred_element_type=jnp.float32) * hidden**-0.5
+        weights = jax.nn.softmax(logits + row_bias, axis=-1).astype(dtype)
+        language = jnp.einsum("bln,bnt->blt", weights, value)
+        language = instance_norm(dense(hidden, "output")(language), statistics)
+        visual = gelu(dense(hidden, "visual")(words))
+        return gelu(dense(hidden, "mixed")(visual * language)).astype(self.dtype)

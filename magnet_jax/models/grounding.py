@@ -1,0 +1,96 @@
+"""Mask Grounding: predict masked words from the other words, the image and where the object is (spec section 5).
+
+It takes arrays only, and so attaches to any network that has word features and an image feature map.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from magnet_jax.models.bert import BertLayer, attention_bias
+from magnet_jax.models.layers import LayerNorm, gelu, normal, sine_position, zeros
+
+
+def mask_words(
+    key: jax.Array,
+    ids: jax.Array,
+    maskable: jax.Array,
+    mask_id: int,
+    *,
+    ratio: float = 0.15,
+    keep: float = 0.1,
+    at_least_one: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+    """Selects words at random and replaces most of them by [MASK].
+
+    ids `[B, L]`; maskable `[B, L]` bool: real words, never [CLS], [SEP] or padding. Every maskable word is selected with
+    probability `ratio`; where that selects none, one is drawn uniformly if `at_least_one`. A share `keep` of the
+    selected words stays as it is. Returns (masked ids `[B, L]`, labels `[B, L]`: the id where selected, else -1).
+    """
+    select_key, fallback_key, keep_key = jax.random.split(key, 3)
+    selected = maskable & jax.random.bernoulli(select_key, ratio, ids.shape)
+    if at_least_one:
+        draw = jnp.where(maskable, jax.random.uniform(fallback_key, ids.shape), -1.0)
+        one = jax.nn.one_hot(draw.argmax(-1), ids.shape[-1], dtype=bool) & maskable
+        selected = jnp.where(selected.any(-1, keepdims=True), selected, one)
+    replaced = selected & ~jax.random.bernoulli(keep_key, keep, ids.shape)
+    return jnp.where(replaced, mask_id, ids), jnp.where(selected, ids, -1)
+
+
+def mask_centre(mask: jax.Array) -> jax.Array:
+    """Centroid (x, y) of every mask in [0, 1], pixel centres at (i + 0.5) / size; an empty mask has the image's centre.
+
+    mask `[B, H, W]` of {0, 1} -> `[B, 2]` float32.
+    """
+    mask = mask.astype(jnp.float32)
+    height, width = mask.shape[1:]
+    area = mask.sum((1, 2))
+    x = (mask.sum(1) * ((jnp.arange(width) + 0.5) / width)).sum(-1)
+    y = (mask.sum(2) * ((jnp.arange(height) + 0.5) / height)).sum(-1)
+    centre = jnp.stack([x, y], -1) / jnp.maximum(area, 1.0)[:, None]
+    return jnp.where(area[:, None] > 0, centre, 0.5)
+
+
+class MaskGrounding(nn.Module):
+    """Word logits from the concatenation [words ; image features ; mask token].
+
+    words `[B, L, T]`, word_mask `[B, L]`, image_features `[B, H, W, C]`, mask `[B, H', W']` of {0, 1}, word_embedding
+    `[V, T]` (the language encoder's table, tied to the vocabulary projection) -> logits `[B, L, V]` float32.
+    Source: paper section 3.2; spec section 5.
+    """
+
+    layers: int = 4
+    heads: int = 12
+    intermediate: int = 3072
+    dropout: float = 0.1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, words, word_mask, image_features, mask, word_embedding, *, train: bool = False):
+        batch, length, hidden = words.shape
+        height, width = image_features.shape[1:3]
+
+        def dense(features, name):
+            return nn.Dense(features, kernel_init=normal, dtype=self.dtype, name=name)
+
+        image = dense(hidden, "image")(image_features.reshape(batch, height * width, -1))
+        image = LayerNorm(name="image_norm")(image)
+        image += sine_position(height, width, hidden).astype(self.dtype)
+        token = dense(hidden, "mask_2")(gelu(dense(hidden, "mask_1")(mask_centre(mask))))
+        token = LayerNorm(name="mask_norm")(token)[:, None]
+        x = jnp.concatenate([LayerNorm(name="word_norm")(words.astype(self.dtype)), image, token], 1)
+        kept = jnp.concatenate([word_mask, jnp.ones((batch, height * width + 1), word_mask.dtype)], 1)
+        bias = attention_bias(kept)
+        for i in range(self.layers):
+            x = BertLayer(self.heads, self.intermediate, self.dropout, self.dtype, name=f"layer_{i}")(
+                x, bias, train=train
+            )
+
+        x = LayerNorm(1e-12, name="head_norm")(gelu(dense(hidden, "head")(x[:, :length])))
+        bias = self.param("vocabulary_bias", zeros, (word_embedding.shape[0],))
+        logits = jnp.einsum("blt,vt->blv", x, word_embedding.astype(self.dtype), preferred_element_type=jnp.float32)
+        return logits + bias

@@ -1,0 +1,165 @@
+"""Building blocks that several parts of the networks share: initialisers, norms, resampling, drop path, attention."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Initial values, spec section 4b.
+truncated_normal = nn.initializers.truncated_normal(0.02)
+normal = nn.initializers.normal(0.02)
+xavier_uniform = nn.initializers.xavier_uniform()
+zeros = nn.initializers.zeros_init()
+ones = nn.initializers.ones_init()
+# Uniform in +-1/sqrt(fan_in), and in +-sqrt(3/fan_in).
+fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+kaiming_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+
+
+def fan_in_dense(features: int, fan_in: int, *, dtype: Any, name: str | None = None) -> nn.Dense:
+    """Linear layer whose kernel and bias both start uniform in +-1/sqrt(fan_in)."""
+    bound = fan_in**-0.5
+
+    def bias_init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nn.Dense(features, kernel_init=fan_in_uniform, bias_init=bias_init, dtype=dtype, name=name)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over channels with float32 statistics.
+
+    `[..., C] -> [..., C]` in the dtype of the input.
+    """
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", ones, (x.shape[-1],))
+        bias = self.param("bias", zeros, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return (y * scale + bias).astype(x.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over pixels and the channels of a group, with float32 statistics: `[B, N, C] -> [B, N, C]`."""
+
+    groups: int = 32
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x):
+        batch, pixels, channels = x.shape
+        scale = self.param("scale", ones, (channels,))
+        bias = self.param("bias", zeros, (channels,))
+        y = x.astype(jnp.float32).reshape(batch, pixels, self.groups, channels // self.groups)
+        y -= y.mean((1, 3), keepdims=True)
+        y *= jax.lax.rsqrt(jnp.square(y).mean((1, 3), keepdims=True) + self.epsilon)
+        return (y.reshape(x.shape) * scale + bias).astype(x.dtype)
+
+
+def instance_norm(x: jax.Array, mask: jax.Array | None = None, epsilon: float = 1e-5) -> jax.Array:
+    """Normalises every channel over the positions of its own sample, without affine parameters, biased variance.
+
+    x [B, N, C]; mask [B, N] of {0, 1} restricts the statistics to some positions (an all-zero mask gives zeros).
+    Statistics are float32; the result has the dtype of x. Spec section 2.
+    """
+    y = x.astype(jnp.float32)
+    if mask is None:
+        y -= y.mean(1, keepdims=True)
+        variance = jnp.square(y).mean(1, keepdims=True)
+    else:
+        weight = mask.astype(jnp.float32)[..., None]
+        count = jnp.maximum(weight.sum(1, keepdims=True), 1.0)
+        y = (y - (y * weight).sum(1, keepdims=True) / count) * weight
+        variance = jnp.square(y).sum(1, keepdims=True) / count
+    return (y * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact (erf) form."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a whole residual branch per sample and rescales the rest. x [B, ...]."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        if not train or self.rate == 0.0:
+            return x
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+        return x * (keep / (1.0 - self.rate)).astype(x.dtype)
+
+
+def attend(query, key, value, *, scale: float, bias=None) -> jax.Array:
+    """Scaled dot-product attention with a float32 softmax.
+
+    query [..., Q, H, D], key and value [..., K, H, D], bias broadcastable to [..., H, Q, K] -> [..., Q, H, D].
+    """
+    logits = jnp.einsum("...qhd,...khd->...hqk", query * scale, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits += bias
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("...hqk,...khd->...qhd", weights, value)
+
+
+@functools.lru_cache(maxsize=None)
+def _align_corners_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """[size_out, size_in] weights of linear interpolation that maps the first sample to the first, the last to the last."""
+    position = np.arange(size_out) * ((size_in - 1) / max(size_out - 1, 1))
+    return np.maximum(0.0, 1.0 - np.abs(position[:, None] - np.arange(size_in))).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=None)
+def _pool_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """[size_out, size_in] averaging weights of bins floor(i*n/p) .. ceil((i+1)*n/p)."""
+    matrix = np.zeros((size_out, size_in), np.float32)
+    for i in range(size_out):
+        start, stop = i * size_in // size_out, -(-(i + 1) * size_in // size_out)
+        matrix[i, start:stop] = 1.0 / (stop - start)
+    return matrix
+
+
+def _resample(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
+    x = jnp.einsum("yh,bhwc->bywc", rows.astype(x.dtype), x)
+    return jnp.einsum("xw,bywc->byxc", columns.astype(x.dtype), x)
+
+
+def resize_align_corners(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Bilinear resize with align_corners=True, as one matrix product per axis: `[B, H, W, C] -> [B, *size, C]`."""
+    return _resample(x, _align_corners_matrix(x.shape[1], size[0]), _align_corners_matrix(x.shape[2], size[1]))
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+    """Means over size x size bins that cover the map and may overlap: `[B, H, W, C] -> [B, size, size, C]`."""
+    return _resample(x, _pool_matrix(x.shape[1], size), _pool_matrix(x.shape[2], size))
+
+
+def resize_half_pixel(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Bilinear resize with align_corners=False and no antialiasing: `[B, H, W] -> [B, *size]`."""
+    return jax.image.resize(x, (x.shape[0], *size), "linear", antialias=False)
+
+
+def sine_position(height: int, width: int, channels: int) -> np.ndarray:
+    """Sine embedding of pixel positions, y features then x features: `[height * width, channels]`. Spec section 3."""
+    features = channels // 2
+    divisor = 10000.0 ** (2 * (np.arange(features) // 2) / features)
+
+    def axis(size):
+        angle = ((np.arange(size) + 1) / (size + 1e-6) * 2 * np.pi)[:, None] / divisor
+        return np.where(np.arange(features) % 2 == 0, np.sin(angle), np.cos(angle))
+
+    rows = np.broadcast_to(axis(height)[:, None], (height, width, features))
+    columns = np.broadcast_to(axis(width)[None], (height, width, features))
+    return np.concatenate([rows, columns], -1).reshape(height * width, channels).astype(np.float32)

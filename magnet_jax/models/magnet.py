@@ -1,0 +1,120 @@
+"""MagNet: Swin and BERT that talk to each other at every stage, a deformable pixel decoder and a one-query predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from magnet_jax.models.alignment import Gate, ImageAlignment, LanguageAlignment
+from magnet_jax.models.bert import Bert, attention_bias
+from magnet_jax.models.layers import LayerNorm, fan_in_dense, gelu
+from magnet_jax.models.mask_predictor import MaskPredictor
+from magnet_jax.models.pixel_decoder import PixelDecoder
+from magnet_jax.models.swin import Swin
+
+
+@flax.struct.dataclass
+class Output:
+    """What a network of this kind returns; B batch, L words, T text width, h x w the mask resolution (stride 4).
+
+    Logits are float32; features have the compute dtype.
+    """
+
+    mask_logits: jax.Array  # [B, h, w]
+    class_logits: jax.Array  # [B, 2]: nothing matches, object present
+    aux_mask_logits: jax.Array  # [predictions before the last, B, h, w]
+    aux_class_logits: jax.Array  # [predictions before the last, B, 2]
+    mask_features: jax.Array  # [B, h, w, C]
+    word_features: jax.Array  # [B, L, T], after the last language fusion
+    text_embedding: jax.Array  # [B, C]: the sentence in the space of the mask features
+    stage_features: tuple[jax.Array, ...]  # four maps [B, H, W, C], fine to coarse
+    # Normalised fused features of every stage; nothing here reads them, training heads may.
+    image_context: tuple[jax.Array, ...]  # [B, H, W, C]
+    word_context: tuple[jax.Array, ...]  # [B, L, T]; empty without the alignment module
+    word_embedding: jax.Array  # [V, T], the language encoder's table
+
+
+def mean_of_words(words: jax.Array, word_mask: jax.Array) -> jax.Array:
+    """Mean over real words: words `[B, L, T]`, word_mask `[B, L]` of {0, 1} -> `[B, T]`."""
+    weight = word_mask[..., None].astype(words.dtype)
+    return (words * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+
+
+class MagNet(nn.Module):
+    """The network of "Mask Grounding for Referring Image Segmentation" (arXiv 2312.12198); spec sections 1-4.
+
+    image `[B, H, W, 3]` normalised, text_ids `[B, L]`, text_mask `[B, L]` of {0, 1} -> `Output`. Fields `swin`, `bert`,
+    `pixel_decoder` and `mask_predictor` hold the fields of these modules. Random numbers for training: 'dropout'.
+    """
+
+    swin: Mapping[str, Any]
+    bert: Mapping[str, Any]
+    pixel_decoder: Mapping[str, Any]
+    mask_predictor: Mapping[str, Any]
+    alignment: bool = True  # the Cross-modal Alignment Module; without it plain PWAM fusion, and words never see the image
+    pyramids: Sequence[int] = (1, 2, 3, 6)
+    fusion_heads: Sequence[int] = (1, 1, 1, 1)
+    fusion_dropout: float = 0.0
+    language_fusion: str = "masked"  # or 'released', which published weights need
+    gate_init: str = "open"  # or 'released'
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        dtype = self.dtype
+        self.image = Swin(**self.swin, dtype=dtype)
+        self.text = Bert(**self.bert, dtype=dtype)
+        released = self.gate_init == "released"
+        self.image_fusion = [
+            ImageAlignment(tuple(self.pyramids) if self.alignment else (), heads, self.fusion_dropout, dtype)
+            for heads in self.fusion_heads
+        ]
+        self.image_gate = [Gate("normal" if released else "open", gelu, dtype) for _ in range(4)]
+        self.image_norm = [LayerNorm() for _ in range(4)]
+        if self.alignment:
+            self.text_fusion = [LanguageAlignment(self.language_fusion, dtype) for _ in range(4)]
+            self.text_gate = [Gate("zero" if released else "open", nn.relu, dtype) for _ in range(4)]
+            self.text_norm = [LayerNorm() for _ in range(4)]
+        self.decoder = PixelDecoder(**self.pixel_decoder, dtype=dtype)
+        self.predictor = MaskPredictor(**self.mask_predictor, dtype=dtype)
+        self.lang_proj = fan_in_dense(self.decoder.channels, self.text.hidden, dtype=dtype)
+
+    def __call__(self, image, text_ids, text_mask, *, train: bool = False) -> Output:
+        word_bias = attention_bias(text_mask)
+        x = self.image.patch_embed(image)
+        words = self.text.embeddings(text_ids, train=train)
+        stage_features, image_context, word_context = [], [], []
+        for k in range(4):
+            x = self.image.stage[k](x, train=train)
+            words = self.text.layers(k, words, word_bias, train=train)
+            s, r = self.image_fusion[k](x, words, text_mask, train=train)
+            stage_features.append(s)
+            image_context.append(self.image_norm[k](r))
+            if self.alignment:
+                # The ungated x, as it left the stage.
+                r_l = self.text_fusion[k](words, x.reshape(x.shape[0], -1, x.shape[-1]), text_mask)
+                word_context.append(self.text_norm[k](r_l))
+                words += self.text_gate[k](r_l) * r_l
+            x += self.image_gate[k](r) * r
+            if k < 3:
+                x = self.image.merge[k](x)
+
+        mask_features, refined = self.decoder(stage_features)
+        mask_logits, class_logits = self.predictor(refined[:3], mask_features)
+        return Output(
+            mask_logits=mask_logits[-1],
+            class_logits=class_logits[-1],
+            aux_mask_logits=mask_logits[:-1],
+            aux_class_logits=class_logits[:-1],
+            mask_features=mask_features,
+            word_features=words,
+            text_embedding=self.lang_proj(mean_of_words(words, text_mask)),
+            stage_features=tuple(stage_features),
+            image_context=tuple(image_context),
+            word_context=tuple(word_context),
+            word_embedding=self.text.embeddings.word.embedding,
+        )

@@ -1,0 +1,76 @@
+"""Pixel decoder: a deformable-attention encoder over the four fused stages (spec section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from magnet_jax.models.deformable import DeformableAttention
+from magnet_jax.models.layers import GroupNorm, LayerNorm, kaiming_uniform, sine_position, xavier_uniform
+
+
+class PixelDecoderLayer(nn.Module):
+    """Post-norm encoder layer: deformable attention and a ReLU MLP. source, position `[B, S, C]` -> `[B, S, C]`."""
+
+    heads: int
+    points: int
+    feedforward: int
+    sampling: str = "auto"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, source, position, shapes):
+        attention = DeformableAttention(self.heads, self.points, self.sampling, self.dtype, name="attn")
+        source = LayerNorm(name="norm1")(source + attention(source + position, source, shapes))
+        y = nn.relu(nn.Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(source))
+        y = nn.Dense(source.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="fc2")(y)
+        return LayerNorm(name="norm2")(source + y)
+
+
+class PixelDecoder(nn.Module):
+    """Multi-scale deformable pixel decoder.
+
+    features: maps `[B, H, W, C]` fine to coarse -> (mask features `[B, h, w, channels]` at the finest resolution, list of
+    the refined maps `[B, H, W, channels]`, coarse to fine).
+    """
+
+    channels: int = 256
+    layers: int = 4
+    heads: int = 8
+    points: int = 4
+    feedforward: int = 1024
+    groups: int = 32
+    sampling: str = "auto"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Sequence[jnp.ndarray]):
+        features = features[::-1]  # coarse to fine
+        shapes = [feature.shape[1:3] for feature in features]
+        batch = features[0].shape[0]
+        level_embedding = self.param("level_embedding", nn.initializers.normal(1.0), (len(features), self.channels))
+
+        sources, positions = [], []
+        for i, (feature, (height, width)) in enumerate(zip(features, shapes)):
+            x = feature.reshape(batch, height * width, feature.shape[-1])
+            x = nn.Dense(self.channels, kernel_init=xavier_uniform, dtype=self.dtype, name=f"input_{i}")(x)
+            sources.append(GroupNorm(self.groups, name=f"input_norm_{i}")(x))
+            positions.append(sine_position(height, width, self.channels) + level_embedding[i])
+        source = jnp.concatenate(sources, 1)
+        position = jnp.concatenate(positions).astype(self.dtype)
+        for i in range(self.layers):
+            layer = PixelDecoderLayer(
+                self.heads, self.points, self.feedforward, self.sampling, self.dtype, name=f"layer_{i}"
+            )
+            source = layer(source, position, shapes)
+
+        ends = np.cumsum([height * width for height, width in shapes])[:-1]
+        refined = [
+            part.reshape(batch, *shape, self.channels) for part, shape in zip(jnp.split(source, ends, 1), shapes)
+        ]
+        mask_features = nn.Dense(self.channels, kernel_init=kaiming_uniform, dtype=self.dtype, name="mask_features")
+        return mask_features(refined[-1]), refined

@@ -1,0 +1,165 @@
+"""Swin Transformer, stage by stage, so that a network can fuse language between the stages (spec section 2)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from magnet_jax.models.layers import DropPath, LayerNorm, attend, gelu, truncated_normal
+
+
+@functools.lru_cache(maxsize=None)
+def relative_position_index(window: int) -> np.ndarray:
+    """Row of the bias table for every (query, key) of a window: `[window**2, window**2]`, d = query minus key."""
+    y, x = np.divmod(np.arange(window * window), window)
+    dy, dx = y[:, None] - y[None], x[:, None] - x[None]
+    return (dy + window - 1) * (2 * window - 1) + dx + window - 1
+
+
+@functools.lru_cache(maxsize=None)
+def shift_mask(height: int, width: int, window: int) -> np.ndarray:
+    """Additive mask of a rolled map that keeps its nine regions apart: `[windows, window**2, window**2]`, 0 or -100."""
+
+    def region(size):
+        index = np.arange(size)
+        return (index >= size - window).astype(int) + (index >= size - window // 2)
+
+    regions = region(height)[:, None] * 3 + region(width)[None]
+    regions = regions.reshape(height // window, window, width // window, window)
+    regions = regions.transpose(0, 2, 1, 3).reshape(-1, window * window)
+    return np.where(regions[:, :, None] == regions[:, None], 0.0, -100.0).astype(np.float32)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within (shifted) windows: `[B, H, W, C] -> [B, H, W, C]`."""
+
+    heads: int
+    window: int
+    shifted: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        batch, height, width, channels = x.shape
+        window, shift = self.window, self.window // 2
+        padded_height, padded_width = -(-height // window) * window, -(-width // window) * window
+        x = jnp.pad(x, ((0, 0), (0, padded_height - height), (0, padded_width - width), (0, 0)))
+        if self.shifted:
+            x = jnp.roll(x, (-shift, -shift), (1, 2))
+        x = x.reshape(batch, padded_height // window, window, padded_width // window, window, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, window * window, channels)  # [B, windows, pixels, C]
+
+        qkv = nn.Dense(3 * channels, kernel_init=truncated_normal, dtype=self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, channels // self.heads)
+        table = self.param("relative_position_bias", truncated_normal, ((2 * window - 1) ** 2, self.heads))
+        bias = table[relative_position_index(window)].transpose(2, 0, 1)  # [heads, pixels, pixels]
+        if self.shifted:
+            bias = bias + shift_mask(padded_height, padded_width, window)[:, None]
+        scale = (channels // self.heads) ** -0.5
+        x = attend(qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :], scale=scale, bias=bias)
+        x = x.reshape(batch, -1, window * window, channels)
+        x = nn.Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="proj")(x)
+
+        x = x.reshape(batch, padded_height // window, padded_width // window, window, window, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, padded_height, padded_width, channels)
+        if self.shifted:
+            x = jnp.roll(x, (shift, shift), (1, 2))
+        return x[:, :height, :width]
+
+
+class SwinBlock(nn.Module):
+    """Window attention and a four times wider MLP, pre-norm, both residual: `[B, H, W, C] -> [B, H, W, C]`."""
+
+    heads: int
+    window: int
+    shifted: bool
+    drop_path: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        y = LayerNorm(name="norm1")(x)
+        y = WindowAttention(self.heads, self.window, self.shifted, self.dtype, name="attn")(y)
+        x += DropPath(self.drop_path)(y, train=train)
+        y = LayerNorm(name="norm2")(x)
+        y = gelu(nn.Dense(4 * x.shape[-1], kernel_init=truncated_normal, dtype=self.dtype, name="fc1")(y))
+        y = nn.Dense(x.shape[-1], kernel_init=truncated_normal, dtype=self.dtype, name="fc2")(y)
+        return x + DropPath(self.drop_path)(y, train=train)
+
+
+class SwinStage(nn.Module):
+    """The blocks of one stage, every second one shifted: `[B, H, W, C] -> [B, H, W, C]`."""
+
+    heads: int
+    window: int
+    drop_paths: Sequence[float]  # one rate a block
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, *, train: bool = False):
+        for i, rate in enumerate(self.drop_paths):
+            x = SwinBlock(self.heads, self.window, i % 2 == 1, rate, self.dtype, name=f"block_{i}")(x, train=train)
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to vectors; the image is zero-padded right and bottom: `[B, H, W, 3] -> [B, h, w, C]`."""
+
+    channels: int
+    patch: int = 4
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, image):
+        pad_height, pad_width = -image.shape[1] % self.patch, -image.shape[2] % self.patch
+        image = jnp.pad(image.astype(self.dtype), ((0, 0), (0, pad_height), (0, pad_width), (0, 0)))
+        kernel = (self.patch, self.patch)
+        x = nn.Conv(self.channels, kernel, kernel, "VALID", kernel_init=truncated_normal, dtype=self.dtype, name="proj")(image)
+        return LayerNorm(name="norm")(x)
+
+
+class PatchMerging(nn.Module):
+    """2x2 neighbours to one pixel of twice the width: `[B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2C]`."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+        # Order of the published layout: the row offset varies fastest, then the column offset.
+        x = x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
+        x = LayerNorm(name="norm")(x)
+        dense = nn.Dense(2 * channels, use_bias=False, kernel_init=truncated_normal, dtype=self.dtype, name="reduction")
+        return dense(x)
+
+
+class Swin(nn.Module):
+    """Swin Transformer as separate steps: `patch_embed`, then for every stage `stage[k]` and `merge[k]`.
+
+    Source: Swin Transformer (arXiv 2103.14030); spec section 2.
+    """
+
+    embed_dim: int = 128
+    depths: Sequence[int] = (2, 2, 18, 2)
+    heads: Sequence[int] = (4, 8, 16, 32)
+    window: int = 12
+    patch: int = 4
+    drop_path: float = 0.3  # of the last block; rises linearly from 0
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        rates = np.linspace(0, self.drop_path, sum(self.depths)).tolist()
+        ends = np.cumsum(self.depths).tolist()
+        self.patch_embed = PatchEmbed(self.embed_dim, self.patch, self.dtype)
+        self.stage = [
+            SwinStage(heads, self.window, tuple(rates[end - depth : end]), self.dtype)
+            for heads, depth, end in zip(self.heads, self.depths, ends)
+        ]
+        self.merge = [PatchMerging(self.dtype) for _ in self.depths[:-1]]

@@ -1,0 +1,179 @@
+"""The train step: one pure function that composes all losses, and the evaluation step beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from magnet_jax import losses
+from magnet_jax.models import Network, Output
+from magnet_jax.models.grounding import mask_words
+from magnet_jax.models.layers import resize_align_corners
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training changes. Randomness follows from (seed, step), so that no generator has to be kept."""
+
+    step: jax.Array  # int32 []
+    params: Any
+    opt_state: Any
+    seed: jax.Array  # uint32 []
+
+
+def init_state(network: Network, tx: optax.GradientTransformation, seed: int, batch: Batch) -> TrainState:
+    """The state at step 0 for batches shaped like `batch`; pure, so that it can be traced for shapes or sharded."""
+    params = network.init(jax.random.key(seed), batch)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.uint32(seed))
+
+
+def segmentation_losses(output: Output, batch: Batch, config: ConfigDict) -> dict[str, jax.Array]:
+    """Deeply supervised BCE and dice of every prediction and the class loss of the last (spec section 7).
+
+    A sample whose mask is empty has no object: class target 0 and no dice term.
+    """
+    weight = batch["valid"].astype(jnp.float32)
+    present = batch["mask"].any((1, 2))
+    logits = jnp.concatenate([output.aux_mask_logits, output.mask_logits[None]])  # [predictions, B, h, w]
+    predictions, size = logits.shape[0], batch["mask"].shape[1:]
+    terms = {}
+    if config.bce or config.dice:
+        if config.full_resolution:
+            flat = logits.reshape(-1, *logits.shape[2:], 1)
+            logits = resize_align_corners(flat, size)[..., 0].reshape(predictions, -1, *size)
+        target = losses.area_reduce(batch["mask"], logits.shape[2:])
+        if config.bce:
+            bce = jax.vmap(losses.binary_cross_entropy, (0, None, None))(logits, target, weight)
+            terms["bce"] = config.bce * bce.sum()
+        if config.dice:
+            dice = jax.vmap(losses.dice, (0, None, None))(logits, target, weight * present)
+            terms["dice"] = config.dice * dice.sum()
+    if config.class_:
+        terms["class"] = config.class_ * losses.class_cross_entropy(
+            output.class_logits, present.astype(jnp.int32), weight
+        )
+    return terms
+
+
+def alignment_losses(output: Output, batch: Batch, config: ConfigDict) -> dict[str, jax.Array]:
+    """Pixel-to-pixel and pixel-to-text contrast at the configured stride (spec section 6)."""
+    batch_size, height, width, channels = output.mask_features.shape
+    image_height = batch["mask"].shape[1]
+    size = image_height // config.alignment_stride, batch["mask"].shape[2] // config.alignment_stride
+    # Feature maps are reduced by averaging, like the mask by area.
+    factor = round(config.alignment_stride * height / image_height)
+    features = output.mask_features
+    if factor > 1:
+        features = features[:, : size[0] * factor, : size[1] * factor].astype(jnp.float32)
+        features = features.reshape(batch_size, size[0], factor, size[1], factor, channels).mean((2, 4))
+    features = features.reshape(batch_size, -1, channels)
+    foreground = losses.area_reduce(batch["mask"], size).reshape(batch_size, -1) > 0.5
+    weight = batch["valid"].astype(jnp.float32)
+    block = config.alignment_block or None
+    pixel = losses.pixel_to_pixel(features, foreground, weight, tau=config.tau_pixel, block=block)
+    text = losses.pixel_to_text(features, output.text_embedding, foreground, weight, tau=config.tau_text)
+    return {"pixel_to_pixel": config.alignment * pixel, "pixel_to_text": config.alignment * text}
+
+
+def total_loss(
+    network: Network, params: Any, batch: Batch, key: jax.Array, config: ConfigDict
+) -> tuple[jax.Array, Metrics]:
+    """Sum of all weighted loss terms and the terms one by one. A weight of 0 removes a term and its computation."""
+    mask_key, dropout_key, clean_key, head_key = jax.random.split(key, 4)
+    ids, text_mask = batch["text_ids"], batch["text_mask"]
+
+    def forward(ids, key):
+        rngs = {"dropout": key}
+        return network.model.apply({"params": params["model"]}, batch["image"], ids, text_mask, train=True, rngs=rngs)
+
+    if config.grounding:
+        masked_ids, labels = mask_words(
+            mask_key,
+            ids,
+            maskable_words(text_mask),
+            config.mask_id,
+            ratio=config.mask_ratio,
+            keep=config.mask_keep,
+            at_least_one=config.mask_at_least_one,
+        )
+        grounded = forward(masked_ids, dropout_key)
+        output = grounded if config.grounding_shared_pass else forward(ids, clean_key)
+    else:
+        output = forward(ids, dropout_key)
+
+    terms = segmentation_losses(output, batch, config)
+    if config.alignment:
+        terms |= alignment_losses(output, batch, config)
+    if config.grounding:
+        logits = network.grounding.apply(
+            {"params": params["grounding"]},
+            grounded.word_features,
+            text_mask,
+            grounded.stage_features[-1],
+            batch["mask"],
+            grounded.word_embedding,
+            train=True,
+            rngs={"dropout": head_key},
+        )
+        weight = batch["valid"].astype(jnp.float32)
+        terms["grounding"] = config.grounding * losses.masked_words(logits, labels, weight)
+    loss = sum(terms.values())
+    return loss, {"loss": loss} | {f"loss/{name}": term for name, term in terms.items()}
+
+
+def maskable_words(text_mask: jax.Array) -> jax.Array:
+    """Real words of `[CLS] words [SEP]` that Mask Grounding may hide: `[B, L]` bool, neither the first nor the last token."""
+    last = text_mask.sum(-1, keepdims=True) - 1
+    position = jnp.arange(text_mask.shape[-1])
+    return (position > 0) & (position < last)
+
+
+def make_train_step(
+    network: Network, tx: optax.GradientTransformation, config: ConfigDict, schedule: Callable[[Any], Any] | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The pure step `(state, batch) -> (state, metrics)`; `config` is `config.loss`, `schedule` only adds the rate to the metrics."""
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        gradient_of = jax.value_and_grad(total_loss, argnums=1, has_aux=True)
+        (_, metrics), gradient = gradient_of(network, state.params, batch, key, config)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["grad_norm"] = optax.global_norm(gradient)
+        if schedule is not None:
+            metrics["learning_rate"] = schedule(state.step)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(network: Network) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """The pure step `(params, batch) -> outputs`: mask logits `[B, h, w]`, class logits `[B, 2]`, and intersection and union.
+
+    Intersection and union are int32 `[B]`, pixels at the model's size against `batch['mask']` (the `squash` protocol);
+    both are 0 for padded examples.
+    """
+
+    def eval_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        output = network.model.apply({"params": params["model"]}, batch["image"], batch["text_ids"], batch["text_mask"])
+        full = resize_align_corners(output.mask_logits[..., None], batch["mask"].shape[1:])[..., 0]
+        # sigmoid > 0.5 is a positive logit.
+        predicted, truth = full > 0, batch["mask"] > 0
+        valid = batch["valid"][:, None, None]
+        return {
+            "mask_logits": output.mask_logits,
+            "class_logits": output.class_logits,
+            "intersection": (predicted & truth & valid).sum((1, 2), dtype=jnp.int32),
+            "union": ((predicted | truth) & valid).sum((1, 2), dtype=jnp.int32),
+        }
+
+    return eval_step
