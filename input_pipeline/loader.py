@@ -193,8 +193,9 @@ class Loader:
             self._explain(used_images[done : done + 64], error)
         h, w = self.image_size
         truths = np.empty((len(used_objects), -(-h * w // 8)), np.uint8)
-        for slot, row in enumerate(used_objects):
-            truths[slot] = np.packbits(self._truth(row))
+        for start in range(0, len(used_objects), 256):
+            some = np.stack([self._truth(row) for row in used_objects[start : start + 256]])
+            truths[start : start + 256] = np.packbits(some.reshape(len(some), -1), axis=-1)
         return images, truths
 
     # Large images: a tf.data graph decodes and resizes in parallel, outside of Python's lock.

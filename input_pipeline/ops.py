@@ -50,13 +50,17 @@ def resize_image(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
     """uint8 [H, W, 3] squashed to uint8 [h, w, 3] as by Pillow's antialiased bilinear filter, within 1/255 everywhere."""
     tf = tensorflow()
     shape = tf.shape(image)
-    # Pillow rounds between its two passes; rounding once is off by one level at every sixth value.
-    for height, width in ((shape[0], size[1]), size):
-        image = tf.image.resize(
-            tf.cast(image, tf.float32), (height, width), method="bilinear", antialias=True
-        )
-        image = tf.floor(image + 0.5)
-    return tf.ensure_shape(tf.cast(image, tf.uint8), (*size, 3))
+
+    def squash() -> tf.Tensor:
+        result = image
+        # Pillow rounds between its two passes; rounding once is off by one level at every sixth value.
+        for height, width in ((shape[0], size[1]), size):
+            result = tf.image.resize(result, (height, width), method="bilinear", antialias=True)
+            result = tf.floor(result + 0.5)
+        return tf.cast(result, tf.uint8)
+
+    resized = tf.cond(tf.reduce_all(shape[:2] == size), lambda: tf.cast(image, tf.uint8), squash)
+    return tf.ensure_shape(resized, (*size, 3))
 
 
 def normalise(images: np.ndarray) -> np.ndarray:

@@ -198,18 +198,18 @@ def source(name: str, splits: Callable[..., tuple[str, ...]]) -> Callable:
     return register
 
 
-def _find(name: str) -> _Source:
-    for module in _MODULES:
-        importlib.import_module(f"{__package__}.{module}")
-    if name not in _SOURCES:
-        raise DataError(f"unknown data source {name!r}; there are: {', '.join(sorted(_SOURCES))}")
-    return _SOURCES[name]
-
-
 def sources() -> tuple[str, ...]:
     """Names of the data sources."""
-    _find("shapes")
+    for module in _MODULES:
+        importlib.import_module(f"{__package__}.{module}")
     return tuple(sorted(_SOURCES))
+
+
+def _find(name: str) -> _Source:
+    names = sources()
+    if name not in names:
+        raise DataError(f"unknown data source {name!r}; there are: {', '.join(names)}")
+    return _SOURCES[name]
 
 
 def splits(source: str, **options) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from input_pipeline.shapes_render import encode_png, render
 from input_pipeline.shapes_scene import Dice, Profile, Scene, is_rare, sample_scene
 
 VERSION = 1  # of the generator; raise it with any change of what it makes, so that caches of older data are not used
-SCENES = {"train": 12000, "val": 500, "testA": 500, "testB": 500, "rare": 500}
+SCENES = {"train": 10000, "val": 500, "testA": 500, "testB": 500, "rare": 500}
 MIN_VISIBLE = 0.6
 vocabulary = shapes_grammar.vocabulary
 _SCENES_PER_WORKER = 500  # fewer are made faster than a process starts
@@ -55,6 +55,11 @@ class Options:
         unknown = sorted(set(self.types) - set(TYPES))
         if unknown or not self.types:
             raise DataError(f"shapes: types {list(self.types)} must be some of {', '.join(TYPES)}")
+        if not shapes_describe.able_flavours(self.flavour, self.types):
+            known = ", ".join(FLAVOURS[self.flavour])
+            raise DataError(
+                f"shapes: flavour {self.flavour!r} has none of the types {list(self.types)}; it has {known}"
+            )
         if not 2 <= self.min_objects <= self.max_objects <= 10:
             raise DataError(
                 f"shapes: min_objects {self.min_objects} and max_objects {self.max_objects} must be in order, in 2..10"

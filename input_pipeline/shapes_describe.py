@@ -23,7 +23,7 @@ _RELATIONS = {
     "refcoco": ("left of", "right of", "above", "below", "under", *grammar.NEAREST),
     "refcoco+": (*grammar.COMPARISONS, grammar.SAME_COLOUR, *grammar.NEAREST, *grammar.NEAREST),
     "refcocog": (
-        *("to the left of", "to the right of", "above", "below", "over", "under"),
+        *("to the left of", "to the right of", "above", "below", "under"),
         *("larger than", "smaller than", grammar.SAME_COLOUR, "closest to", "nearest to"),
     ),
 }
@@ -187,6 +187,12 @@ _PROPOSALS: dict[str, Callable[[Describer, int, str], Expression | None]] = {
 }
 
 
+def able_flavours(flavour: str, types: tuple[str, ...]) -> tuple[str, ...]:
+    """The flavours that `flavour` stands for, without those that have none of the types."""
+    names = tuple(FLAVOURS) if flavour == MIXED else (flavour,)
+    return tuple(name for name in names if FLAVOURS[name].keys() & set(types))
+
+
 def describe_scene(
     scene: Scene, targets: list[int], flavour: str, types: tuple[str, ...], count: int, dice: Dice
 ) -> list[tuple[int, str, Expression]]:
@@ -195,12 +201,13 @@ def describe_scene(
     Returns (target, type, expression) in the order of the targets.
     """
     describer = Describer(scene, dice)
+    flavours = able_flavours(flavour, types)
     found = []
     for target in targets:
         texts: set[str] = set()
         used: dict[str, int] = dict.fromkeys(types, 0)
         for _ in range(count):
-            spoken = dice.pick(tuple(FLAVOURS)) if flavour == MIXED else flavour
+            spoken = dice.pick(flavours)
             weights = {k: w * 0.15 ** used[k] for k, w in FLAVOURS[spoken].items() if k in used}
             while weights:
                 kind = dice.weighted(weights)

@@ -42,7 +42,6 @@ TOWARDS = {  # where the referent lies, seen from the other object
     "right of": (1, 0),
     "to the right of": (1, 0),
     "above": (0, -1),
-    "over": (0, -1),
     "below": (0, 1),
     "under": (0, 1),
 }
@@ -58,7 +57,7 @@ SIDE_YES, SIDE_NO = (
 MIDDLE_YES, MIDDLE_NO = 0.11, 0.24  # distance from the image's middle, per axis
 ORDER_GAP = 0.08  # between neighbours in a row
 SIZE_RATIO = 1.25
-TOWARDS_YES, TOWARDS_NO = 38.0, 68.0  # degrees off the named direction
+TOWARDS_YES, TOWARDS_NO = 33.0, 66.0  # degrees off the named direction
 TOWARDS_DISTANCE = 0.12
 NEAREST_GAP = 0.07  # by which the nearest is nearer than the next, measured by centres and by borders
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from input_pipeline.shapes_scene import Dice, Scene, Thing
 
-SUPERSAMPLING = 4
+SUPERSAMPLING = 3
 _HSV = {  # degrees, saturation, value
     "red": (356, 0.88, 0.86),
     "orange": (27, 0.95, 0.98),
