@@ -12,9 +12,10 @@ import optax
 from ml_collections import ConfigDict
 
 from magnet_jax import losses
-from magnet_jax.models import Network, Output
+from magnet_jax.models import Output
 from magnet_jax.models.grounding import mask_words
 from magnet_jax.models.layers import resize_align_corners
+from magnet_jax.network import Network
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
-from magnet_jax.models.grounding import MaskGrounding
-from magnet_jax.models.magnet import MagNet
+from magnet_jax.models import MagNet, MaskGrounding
 
 MODELS = {"magnet": MagNet}
 
