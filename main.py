@@ -8,9 +8,9 @@ python main.py --mode=predict --workdir=DIR --image=FILE --text="the red ring" -
 import os
 import sys
 
-os.environ.setdefault(
-    "TF_CPP_MIN_LOG_LEVEL", "2"
-)  # TensorFlow only reads data here; its start-up notes say nothing.
+# TensorFlow only reads data here; its start-up notes say nothing.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import jax
 from absl import app, flags, logging
@@ -34,7 +34,10 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes
 
 def main(_) -> None:
     """Starts JAX as the configuration says and runs one mode; exits 1 with one line for a mistake of the user."""
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save otherwise.
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(
+        lambda record: "orbax" not in record.pathname
+    )  # It narrates every save.
     from input_pipeline.records import DataError
     from magnet_jax.errors import UserError
 

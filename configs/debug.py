@@ -1,6 +1,8 @@
 """A minute-long run that touches everything, for tests and for trying changes out.
 
-python main.py --config=configs/debug.py --workdir=/tmp/debug        2 CPU cores, under a minute; learns next to nothing.
+python main.py --config=configs/debug.py --workdir=DIR
+
+2 CPU cores, a minute, most of it compiling; learns next to nothing.
 """
 
 from configs import common
@@ -15,6 +17,29 @@ def get_config():
     c.data.max_words = 16
     c.data.sentences = "all"
     c.data.batch_size = 4
+    c.model.pyramids = (1, 2)
+    c.model.swin.embed_dim = 8
+    c.model.swin.depths = (1, 1, 1, 1)
+    c.model.swin.heads = (1, 1, 2, 2)
+    c.model.swin.window = 4
+    c.model.swin.drop_path = 0.1
+    c.model.bert.hidden = 16
+    c.model.bert.heads = 2
+    c.model.bert.intermediate = 32
+    c.model.bert.splits = (1, 2, 3, 4)
+    c.model.bert.max_positions = 32
+    c.model.pixel_decoder.channels = 16
+    c.model.pixel_decoder.layers = 1
+    c.model.pixel_decoder.heads = 2
+    c.model.pixel_decoder.points = 2
+    c.model.pixel_decoder.feedforward = 32
+    c.model.pixel_decoder.groups = 4
+    c.model.mask_predictor.layers = 2
+    c.model.mask_predictor.heads = 2
+    c.model.mask_predictor.feedforward = 32
+    c.grounding_head.layers = 1
+    c.grounding_head.heads = 2
+    c.grounding_head.intermediate = 32
     c.optimizer.learning_rate = 1e-3
     c.train.steps = 12
     c.train.log_every = 4

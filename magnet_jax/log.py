@@ -44,7 +44,6 @@ class Log:
         self._mark = (now, step)
         rate = steps / seconds
         speed = {}
-        left = "  --:--"
         if steps:
             left = f"{duration((self.total_steps - step) / rate):>7}"
             speed = {"steps_per_second": rate, "images_per_second": rate * self.images_per_step}
@@ -52,8 +51,8 @@ class Log:
         terms = "  ".join(
             f"{_SHOWN.get(k, k.removeprefix('loss/'))} {_number(v)}" for k, v in metrics.items()
         )
-        pace = f"{rate:6.2f} steps/s {rate * self.images_per_step:6.0f} images/s"
-        self.say(f"step {step:>6}/{self.total_steps}  {pace}  {left} left  {terms}")
+        pace = f"{rate:6.2f} steps/s {rate * self.images_per_step:6.0f} images/s {left} left  " if steps else ""
+        self.say(f"step {step:>6}/{self.total_steps}  {pace}{terms}")
         self._record(step, {"train/" + name: value for name, value in (metrics | speed).items()})
 
     def evaluation(self, step: int, split: str, results: dict, best: bool = False) -> None:

@@ -134,10 +134,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
             state, metrics = train_step(state, next(batches))
             unread.append((step, metrics))
 
-            if step == start_step + 1 and step < total_steps:  # Compiled here: keep that out of the speed.
-                log.start_clock(step - 1)
-                jax.block_until_ready(metrics)
-                log.train(step, read_metrics())
+            if step == start_step + 1 and step < total_steps:  # Compiling is no part of the speed.
+                first = read_metrics()
+                log.start_clock(step)
+                log.train(step, first)
             elif step % config.train.log_every == 0 or step == total_steps:
                 log.train(step, read_metrics())
 
