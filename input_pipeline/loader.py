@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import queue
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -208,8 +209,17 @@ class Loader:
                 rows = np.maximum(self.rows(step), 0)
                 yield self._image_rows[rows], self.records.objects[rows]
 
+        failures: list[Exception] = []
+
+        def truth_of(row: int) -> np.ndarray:
+            try:
+                return self._truth(row)
+            except Exception as error:  # raised below, where it is not wrapped into pages of TensorFlow's own
+                failures.append(error)
+                return np.zeros(self.image_size, np.uint8)
+
         def load(image_row: tf.Tensor, object_row: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            truth = tf.numpy_function(self._truth, [object_row], tf.uint8)
+            truth = tf.numpy_function(truth_of, [object_row], tf.uint8)
             return self._load_image(image_row), tf.ensure_shape(truth, self.image_size)
 
         vector = tf.TensorSpec([None], tf.int64)
@@ -223,6 +233,8 @@ class Loader:
                 images, truths = next(iterator)
             except tf.errors.OpError as error:
                 self._explain(self._image_rows[np.maximum(rows, 0)], error)
+            if failures:
+                raise failures[0]
             yield self._batch(rows, images, truths)
 
     def _load_image(self, row: tf.Tensor) -> tf.Tensor:  # noqa: F821
@@ -234,8 +246,11 @@ class Loader:
         image = self.records.images[row]
         if isinstance(image, bytes):
             return image
-        with open(image, "rb") as file:
-            return file.read()
+        try:
+            with open(image, "rb") as file:
+                return file.read()
+        except OSError:
+            return b""  # fails to decode, and `_explain` then says why
 
     def _truth(self, row: int) -> np.ndarray:
         height, width = self.records.sizes[self.records.object_images[row]]
@@ -247,8 +262,21 @@ class Loader:
     def _explain(self, image_rows: np.ndarray, error: Exception) -> None:
         """TensorFlow's errors name no file: finds it among the candidates and raises DataError."""
         for row in image_rows:
-            ops.open_image(self.records.images[row])
-        raise DataError(f"split {self.records.split!r}: cannot load an example ({error})") from error
+            image = self.records.images[row]
+            ops.open_image(image)
+            try:
+                ops.decode_image(self._encoded(row))
+            except type(error) as reason:  # Pillow is the more forgiving reader of damaged files
+                name = f"image {self.records.image_ids[row]}" if isinstance(image, bytes) else image
+                raise DataError(f"{name}: not a readable image ({_one_line(reason)})") from None
+        raise DataError(
+            f"split {self.records.split!r}: cannot load an example ({_one_line(error)})"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    """What a TensorFlow error says, without the graph nodes that it happened in."""
+    return re.sub(r"\{\{.*?\}\}|\[[^\[\]]*\]|\s+", " ", str(error)).strip()
 
 
 class _Groups:
