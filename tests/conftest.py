@@ -1,0 +1,16 @@
+"""Set-up shared by all tests: two host devices, and compiled programs kept for the session."""
+
+import os
+import tempfile
+
+# Before jax is imported, and for the programs that tests start too. Several tests compile the same steps.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 2)

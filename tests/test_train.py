@@ -1,0 +1,289 @@
+"""The training loop on a tiny network: files, exact resume, divergence, configurations."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from magnet_jax import train as train_module
+from magnet_jax.checkpoint import Checkpointer
+from magnet_jax.errors import UserError
+from magnet_jax.log import Log
+from magnet_jax.train import train
+from magnet_jax.workdir import History
+from tests.tiny import tiny_config, tiny_network
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _tiny():
+    with tiny_network():
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never stopped."""
+    workdir = tmp_path_factory.mktemp("finished")
+    with tiny_network():
+        results = train(tiny_config(), workdir)
+    return workdir, results
+
+
+def final_state(workdir, step=12):
+    """All arrays of the last checkpoint, as saved."""
+    checkpointer = Checkpointer(workdir, read_only=True)
+    assert checkpointer.latest_step() == step
+    saved = checkpointer._manager.restore(step)
+    checkpointer.close()
+    return jax.tree.map(np.asarray, {"params": saved.params, "rest": saved.rest})
+
+
+def assert_same_run(workdir, other):
+    """Same parameters and optimizer state bit for bit, same history."""
+    a, b = final_state(workdir), final_state(other)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert x.tobytes() == y.tobytes()
+    # Every step has a loss line here; later ones of a stopped run must have been forgotten.
+    assert losses(workdir) == losses(other)
+
+
+def losses(workdir):
+    return [(row["step"], row["train/loss"]) for row in History(workdir).read() if "train/loss" in row]
+
+
+def every_step(config):
+    config.train.log_every = 1
+    return config
+
+
+def stop_at(step, how):
+    """Does `how()` when the log line of a step is written."""
+    original = Log.train
+
+    def line(self, at, metrics):
+        original(self, at, metrics)
+        if at == step:
+            how()
+
+    return mock.patch.object(Log, "train", line)
+
+
+def test_run_leaves_everything(finished):
+    workdir, results = finished
+    for name in ("config.json", "tokenizer/vocab.txt", "results.json", "curves.png", "metrics.jsonl"):
+        assert (workdir / name).stat().st_size > 0, name
+    assert len(list(workdir.glob("panels/step_12/val_*.png"))) == 2
+    assert list(workdir.glob("events.out.tfevents.*"))
+    assert json.loads((workdir / "results.json").read_text()) == results
+    val = results["val"]
+    for protocol, figure in (("squash", "oIoU"), ("original", "mIoU"), ("gres", "gIoU")):
+        assert 0 <= val[protocol][figure] <= 100
+        assert val[protocol]["count"] == 20
+        counts = [figures["count"] for figures in val[protocol]["types"].values()]
+        assert sum(counts) == 20
+        assert val["shuffled_text"][protocol]["types"].keys() == val[protocol]["types"].keys()
+    assert 0 < val["constant_mask"]["oIoU"] < 100
+
+
+def test_history_has_losses_speed_and_figures(finished):
+    rows = History(finished[0]).read()
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 4, 8, 12]
+    line = rows[1]
+    assert {"train/loss/bce", "train/loss/dice", "train/grad_norm", "train/learning_rate"} <= line.keys()
+    assert "train/images_per_second" in line
+    assert [row["step"] for row in rows if "val/squash/oIoU" in row] == [6, 12]
+
+
+def test_a_finished_run_is_only_evaluated_again(finished):
+    workdir, results = finished
+    before = final_state(workdir)
+    assert train(tiny_config(), workdir) == results
+    jax.tree.map(np.testing.assert_array_equal, before, final_state(workdir))
+
+
+def test_run_killed_again_and_again_ends_the_same(tmp_path, finished_every_step):
+    program = """if True:
+        import os, signal, sys
+        import tests.conftest
+        from tests.test_train import every_step, stop_at, tiny_config, tiny_network, train
+        with tiny_network(), stop_at(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            train(every_step(tiny_config()), sys.argv[1])
+    """
+    for step in (2, 5, 9):  # Before the first checkpoint; while that of step 4 may be half-written; later.
+        ended = subprocess.run([sys.executable, "-c", program, tmp_path, str(step)], cwd=ROOT)
+        assert ended.returncode == -signal.SIGKILL
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "train/lo')  # A torn line.
+    train(every_step(tiny_config()), tmp_path)
+    assert_same_run(tmp_path, finished_every_step)
+
+
+def test_sigterm_saves_at_the_step_boundary(tmp_path, finished_every_step, capsys):
+    config = every_step(tiny_config())
+    with stop_at(7, lambda: signal.raise_signal(signal.SIGTERM)):
+        assert train(config, tmp_path) == {}
+    assert "stopped at step 7" in capsys.readouterr().out
+    assert Checkpointer(tmp_path, read_only=True).latest_step() == 7
+    assert not (tmp_path / "results.json").exists()
+    train(config, tmp_path)
+    assert_same_run(tmp_path, finished_every_step)
+
+
+@pytest.fixture(scope="module")
+def finished_every_step(tmp_path_factory):
+    """A run that was never stopped, with a log line for every step."""
+    workdir = tmp_path_factory.mktemp("every_step")
+    with tiny_network():
+        train(every_step(tiny_config()), workdir)
+    return workdir
+
+
+def test_log_interval_leaves_parameters_alone(finished, finished_every_step):
+    jax.tree.map(np.testing.assert_array_equal, final_state(finished[0]), final_state(finished_every_step))
+
+
+def test_seed_matters(tmp_path, finished_every_step):
+    config = every_step(tiny_config())
+    config.seed = 1
+    train(config, tmp_path)
+    assert losses(tmp_path) != losses(finished_every_step)
+
+
+def test_divergence_names_step_term_and_last_good_checkpoint(tmp_path):
+    original = train_module.make_train_step
+
+    def make(*args):
+        step = original(*args)
+
+        def poisoned(state, batch):
+            state, metrics = step(state, batch)
+            factor = jax.numpy.where(state.step >= 6, jax.numpy.nan, 1.0)
+            metrics["loss/dice"] *= factor
+            return state.replace(params=jax.tree.map(lambda p: p * factor, state.params)), metrics
+
+        return poisoned
+
+    config = tiny_config()
+    config.train.eval_every = 0
+    with (
+        mock.patch.object(train_module, "make_train_step", make),
+        pytest.raises(UserError, match=r"loss/dice not finite at step 6; last good checkpoint: step 4"),
+    ):
+        train(config, tmp_path)
+    assert Checkpointer(tmp_path, read_only=True).latest_step() == 4
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_divergence_is_seen_before_a_save_between_log_lines(tmp_path):
+    config = tiny_config()
+    config.optimizer.learning_rate = 1e30
+    config.train.log_every = 100
+    config.train.eval_every = 0
+    config.checkpoint.every_steps = 3
+    with pytest.raises(UserError, match=r"not finite at step \d; last good checkpoint: none"):
+        train(config, tmp_path)
+    assert Checkpointer(tmp_path, read_only=True).latest_step() is None
+
+
+def test_other_configuration_is_refused_and_named(finished):
+    workdir, _ = finished
+    before = (workdir / "config.json").read_bytes()
+    config = tiny_config()
+    config.optimizer.learning_rate = 0.5
+    config.data.batch_size = 2
+    with pytest.raises(UserError) as error:
+        train(config, workdir)
+    message = str(error.value)
+    assert "\n" not in message
+    assert "data.batch_size is 4 there and 2 here" in message
+    assert "optimizer.learning_rate is 0.001 there and 0.5 here" in message
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_fields_that_leave_training_alone_may_change(finished):
+    workdir, _ = finished
+    config = tiny_config()
+    config.eval.protocols = ("squash",)
+    config.eval.shuffled_text = False
+    config.train.log_every = 3
+    assert set(train(config, workdir)["val"]) == {"squash", "constant_mask"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.batch_size", 3, r"config.data.batch_size is 3; expected a multiple of the 2 devices"),
+        ("eval.protocols", ("squish",), r"config.eval.protocols is .*squish.*expected some of"),
+        ("optimizer.schedule", "exponential", r"config.optimizer.schedule is 'exponential'; expected"),
+        ("mesh", (("data", 3),), r"config.mesh is .* does not fit the 2 devices"),
+        ("sharding", ((".*", "zero"),), r"tactic 'zero'; expected 'replicate' or 'fsdp'"),
+    ],
+)
+def test_values_that_cannot_work(tmp_path, field, value, message):
+    config = tiny_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path)
+
+
+def test_steps_follow_from_epochs(tmp_path):
+    config = tiny_config()
+    config.train.steps, config.train.epochs = 0, 1
+    config.data.options.scenes = 1
+    config.data.batch_size = 2
+    config.train.eval_every = 0
+    config.eval.examples = 2
+    train(config, tmp_path)
+    words = json.loads((tmp_path / "results.json").read_text())["val"]["squash"]["count"]
+    assert words == 2
+    records = len(train_module.input_pipeline.load("shapes", "train", seed=0, **config.data.options))
+    assert Checkpointer(tmp_path, read_only=True).latest_step() == records // 2
+
+
+def test_best_checkpoint_survives(tmp_path):
+    config = tiny_config()
+    config.train.eval_every = 2
+    config.checkpoint.keep = 1
+    config.checkpoint.every_steps = 100
+    scores = iter([10.0, 30.0, 20.0, 25.0, 5.0])
+    with mock.patch.object(train_module, "best_score", lambda *_: next(scores)):
+        train(config, tmp_path)
+    checkpointer = Checkpointer(tmp_path, read_only=True)
+    assert checkpointer._manager.best_step() == 4
+    assert sorted(checkpointer._manager.all_steps()) == [4, 12]
+    assert checkpointer.best_score() == 30.0
+
+
+def test_best_score_is_remembered_over_a_restart(tmp_path):
+    config = every_step(tiny_config())
+    config.train.eval_every = 2
+    config.checkpoint.every_steps = 1
+    scores = iter([50.0, 40.0, 30.0, 60.0, 20.0])
+    with mock.patch.object(train_module, "best_score", lambda *_: next(scores)):
+        with stop_at(5, lambda: signal.raise_signal(signal.SIGTERM)):
+            train(config, tmp_path)
+        assert Checkpointer(tmp_path, read_only=True).best_score() == 50.0
+        train(config, tmp_path)
+    assert Checkpointer(tmp_path, read_only=True).best_score() == 60.0
+
+
+def test_unknown_best_metric_lists_what_exists(tmp_path):
+    config = tiny_config()
+    config.checkpoint.best_metric = "squash/IoU"
+    with pytest.raises(UserError, match=r"best_metric is 'squash/IoU'; expected one of squash/oIoU, squash/mIoU"):
+        train(config, tmp_path)
+
+
+def test_no_thread_of_the_loader_is_left(tmp_path, finished):
+    assert not [thread for thread in threading.enumerate() if thread.name == "loader" and thread.is_alive()]
