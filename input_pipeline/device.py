@@ -10,14 +10,14 @@ import numpy as np
 
 
 def to_device(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """The global arrays of which each process gives its own rows; `sharding` says how the first axis is laid out."""
+    """The global arrays of which each process gives its own rows, laid out by `sharding`."""
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
 def prefetch_to_device(
     batches: Iterable[Mapping[str, np.ndarray]], sharding: jax.sharding.Sharding, size: int = 2
 ) -> Iterator[dict[str, jax.Array]]:
-    """Keeps `size` batches on their way to the devices ahead of the one in use; 0 sends each when it is asked for."""
+    """Keeps `size` batches on their way to the devices ahead of the one in use."""
     waiting: collections.deque[dict[str, jax.Array]] = collections.deque()
     for batch in batches:
         waiting.append(to_device(batch, sharding))

@@ -1,7 +1,7 @@
 """Batches for training and evaluation: which example comes when, decoding, and prefetching.
 
-What a step sees is a pure function of (seed, step), so a run continues at any step at once, and every process of a multi-host run
-computes its own share without a word to the others.
+What a step sees is a pure function of (seed, step), so a run continues at any step at once, and every process
+of a multi-host run computes its own share without a word to the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ONE_SENTENCE, ALL_SENTENCES = "one", "all"
 
 @functools.lru_cache(maxsize=8)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of 0..n-1 in which an epoch shows its examples, int64 [n] (read-only, since it is shared)."""
+    """The order in which an epoch shows its n examples, int64 [n] (read-only, since it is shared)."""
     order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(n)
     order.flags.writeable = False
     return order
@@ -37,12 +37,14 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 class Loader:
     """Iterable of batches.
 
-    A batch is a dict: image float32 [B, H, W, 3], normalised; mask uint8 [B, H, W], ground truth under the 'exactly_one' rule,
-    squashed by nearest; text_ids and text_mask int32 [B, L]; valid bool [B], False at padding; index int32 [B], row in the records
-    or -1. B is the share of this process: the global batch is the concatenation over processes.
+    A batch is a dict: image float32 [B, H, W, 3], normalised; mask uint8 [B, H, W], ground truth under the
+    'exactly_one' rule, squashed by nearest; text_ids and text_mask int32 [B, L]; valid bool [B], False at
+    padding; index int32 [B], row in the records or -1. B is the share of this process: the global batch is
+    the concatenation over processes.
 
-    Training is endless: step s shows positions [s * batch_size, (s + 1) * batch_size) of the epochs written one after another, each in
-    its own order. Evaluation goes through the records once, in order; the last batch is padded and nothing is dropped.
+    Training is endless: step s shows positions [s * batch_size, (s + 1) * batch_size) of the epochs written
+    one after another, each in its own order. Evaluation goes through the records once, in order; the last
+    batch is padded and nothing is dropped.
 
     Args:
         records: the examples.
@@ -51,8 +53,8 @@ class Loader:
         image_size: (height, width) of what the model sees.
         seed: of the training order.
         train: endless and shuffled, or once and in order.
-        sentences: training only; 'one' shows every object once per epoch with a sentence chosen anew each time, as the papers do,
-            'all' shows every sentence once per epoch.
+        sentences: training only; 'one' shows every object once per epoch with a sentence chosen anew each
+            time, as the papers do, 'all' shows every sentence once per epoch.
         process_index, process_count: this process and all of them.
         start_step: the step of the first batch (training).
         prefetch: batches made ahead.
@@ -109,7 +111,7 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps that show every example once; not a whole number in training, where epochs follow without a gap."""
+        """Steps that show every example once; a fraction, since training epochs follow without a gap."""
         return self.epoch_size / self.batch_size
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Polygons and run-length encodings to masks, under both ground-truth rules of the benchmarks (data spec section 4)."""
+"""Polygons and run-length encodings to masks, under both ground-truth rules (data spec section 4)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ def decode(segmentation: list | dict, height: int, width: int, rule: str = UNION
     """The mask of a COCO segmentation.
 
     Args:
-        segmentation: list of polygons [x0, y0, x1, y1, ...] in pixels, an RLE dict (compressed or not) or a list of RLE dicts;
-            an empty list is an empty mask.
+        segmentation: list of polygons [x0, y0, x1, y1, ...] in pixels, an RLE dict (compressed or not) or a
+            list of RLE dicts; an empty list is an empty mask.
         height, width: of the image.
-        rule: 'union' of all parts, or 'exactly_one': pixels where parts overlap become background, as in the published loaders.
+        rule: 'union' of all parts, or 'exactly_one': pixels where parts overlap become background, as in the
+            published loaders.
     Returns:
         uint8 [height, width] of 0 and 1.
     Raises:
@@ -51,8 +52,8 @@ def _to_rle(part: list | dict, height: int, width: int) -> dict:
     if isinstance(part, (list, tuple)) and len(part) >= 6 and len(part) % 2 == 0:
         return coco_mask.frPyObjects([[float(v) for v in part]], height, width)[0]
     raise DataError(
-        f"segmentation: expected polygons of at least 3 points (x, y, x, y, ...) or an RLE with 'size' and 'counts',"
-        f" found {str(part)[:60]}"
+        "segmentation: expected polygons of at least 3 points (x, y, x, y, ...) or an RLE with 'size' and"
+        f" 'counts', found {str(part)[:60]}"
     )
 
 
@@ -61,7 +62,8 @@ def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     for axis, new in zip((-2, -1), size, strict=True):
         old = mask.shape[axis]
         if old != new:
-            # Pillow adds the scale up step by step, and its rounding errors decide where a position is a whole number.
+            # Pillow adds the scale up step by step, and its rounding errors decide where a position is a
+            # whole number.
             steps = np.full(new, old / new)
             steps[0] /= 2
             rows = np.minimum(np.add.accumulate(steps).astype(np.int64), old - 1)

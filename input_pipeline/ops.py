@@ -1,7 +1,7 @@
-"""Decoding, resizing and normalising as the published systems do it (data spec section 3): TensorFlow graph functions for the
-loader, and a NumPy and Pillow version for one image.
+"""Decoding, resizing and normalising as the published systems do it (data spec section 3): TensorFlow graph
+functions for the loader, and a NumPy and Pillow version for one image.
 
-TensorFlow is imported at the first use, so that prediction and the makers of shapes do not wait seconds for it.
+TensorFlow is imported at the first use: prediction and the makers of shapes need not wait seconds for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 @functools.cache
 def tensorflow():
-    """The TensorFlow module, with every accelerator hidden from it: it would take their memory away from JAX."""
+    """The TensorFlow module, with accelerators hidden from it: it would take their memory away from JAX."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
 
@@ -36,7 +36,7 @@ def tensorflow():
 
 
 def decode_image(encoded: tf.Tensor) -> tf.Tensor:
-    """PNG or JPEG bytes to uint8 [H, W, 3] RGB; EXIF orientation is ignored, as the benchmarks' masks want it."""
+    """PNG or JPEG bytes to uint8 [H, W, 3] RGB; EXIF orientation is ignored, as the masks want it."""
     tf = tensorflow()
     # JPEG as Pillow decodes it: exact inverse transform, smooth chroma.
     return tf.cond(
@@ -47,7 +47,7 @@ def decode_image(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def resize_image(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    """uint8 [H, W, 3] squashed to uint8 [h, w, 3] as by Pillow's antialiased bilinear filter, within 1/255 everywhere."""
+    """uint8 [H, W, 3] squashed to [h, w, 3] as by Pillow's antialiased bilinear filter, within 1/255."""
     tf = tensorflow()
     shape = tf.shape(image)
 
@@ -99,5 +99,5 @@ def open_image(image: Image.Image | str | os.PathLike | bytes) -> Image.Image:
 
 
 def prepare_image(image: Image.Image | str | os.PathLike | bytes, size: tuple[int, int]) -> np.ndarray:
-    """One image squashed to (h, w) by Pillow and normalised, float32 [h, w, 3]; raises DataError like `open_image`."""
+    """One image squashed to (h, w) and normalised, float32 [h, w, 3]; errors as of `open_image`."""
     return normalise(np.asarray(open_image(image).resize(size[::-1], Image.Resampling.BILINEAR)))

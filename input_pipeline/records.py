@@ -18,8 +18,8 @@ class DataError(ValueError):
 class Record:
     """One (object, expression) pair: the unit of training and of every metric.
 
-    `image` is a path or an encoded PNG/JPEG; `segmentation` is COCO's (a list of polygons or an RLE dict; an empty list is an
-    object that is not there); `type` is the kind of expression ('' where unknown).
+    `image` is a path or an encoded PNG/JPEG; `segmentation` is COCO's (a list of polygons or an RLE dict; an
+    empty list is an object that is not there); `type` is the kind of expression ('' where unknown).
     """
 
     image: str | bytes
@@ -77,9 +77,10 @@ class RleMasks(Sequence[dict]):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Records(Sequence[Record]):
-    """An immutable sequence of `Record` in columns, so that expressions share the storage of their object and image.
+    """An immutable sequence of `Record` in columns: expressions share the storage of their object and image.
 
-    Shapes: I images, O objects, N expressions. A slice or `select` gives `Records` again, over the same images and objects.
+    Shapes: I images, O objects, N expressions. A slice or `select` gives `Records` again, over the same
+    images and objects.
     """
 
     split: str
@@ -151,7 +152,7 @@ class Records(Sequence[Record]):
 
     @classmethod
     def from_list(cls, records: Iterable[Record], split: str | None = None) -> Records:
-        """Puts single records into columns; records of one `image_id` / `object_id` share it (the first one's is kept)."""
+        """Puts records into columns; those of one image_id or object_id share the first one's."""
         images: dict[int, Record] = {}
         objects: dict[int, Record] = {}
         records = list(records)
@@ -189,7 +190,7 @@ _MODULES = ("shapes",)
 
 
 def source(name: str, splits: Callable[..., tuple[str, ...]]) -> Callable:
-    """Decorator that registers `load(split, *, seed, **options) -> Records` and `splits(**options)` under a name."""
+    """Decorator that registers `load(split, *, seed, **options) -> Records` and `splits(**options)`."""
 
     def register(load_split: Callable[..., Records]) -> Callable[..., Records]:
         _SOURCES[name] = _Source(load_split, splits)

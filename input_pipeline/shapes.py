@@ -1,14 +1,15 @@
-"""The built-in data set: pictures of simple shapes and sentences that mean exactly one of them (data spec section 5).
+"""The built-in data set: pictures of shapes and sentences that mean one of them (data spec section 5).
 
-Nothing to download; every example is a function of (seed, split, index) alone. Splits: `train` and `val` of one distribution; `testA`
-few and large objects; `testB` crowded with small ones; `rare` with referents whose combination of shape, colour and texture occurs
-in no other split.
+Nothing to download; every example is a function of (seed, split, index) alone. Splits: `train` and `val` of
+one distribution; `testA` few and large objects; `testB` crowded with small ones; `rare` with referents whose
+combination of shape, colour and texture occurs in no other split.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -26,7 +27,7 @@ from input_pipeline.shapes_describe import FLAVOURS, MIXED, NO_TARGET, SEVERAL_T
 from input_pipeline.shapes_render import encode_png, render
 from input_pipeline.shapes_scene import Dice, Profile, Scene, is_rare, sample_scene
 
-VERSION = 1  # of the generator; raise it with any change of what it makes, so that caches of older data are not used
+VERSION = 1  # of the generator; raise it with any change of what it makes: caches of older data are not used
 SCENES = {"train": 10000, "val": 500, "testA": 500, "testB": 500, "rare": 500}
 MIN_VISIBLE = 0.6
 vocabulary = shapes_grammar.vocabulary
@@ -37,8 +38,8 @@ _SCENES_PER_WORKER = 500  # fewer are made faster than a process starts
 class Options:
     """What the scenes and sentences are like.
 
-    `types` limits the expression types; `expressions` is the number per object; `generalised` adds to every scene one expression
-    without and, where possible, one with several referents.
+    `types` limits the expression types; `expressions` is the number per object; `generalised` adds to every
+    scene one expression without and, where possible, one with several referents.
     """
 
     image_size: int = 96
@@ -62,7 +63,8 @@ class Options:
             )
         if not 2 <= self.min_objects <= self.max_objects <= 10:
             raise DataError(
-                f"shapes: min_objects {self.min_objects} and max_objects {self.max_objects} must be in order, in 2..10"
+                f"shapes: min_objects {self.min_objects} and max_objects {self.max_objects} must be in order"
+                " and in 2..10"
             )
         if self.image_size < 32:
             raise DataError(
@@ -81,7 +83,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One scene with its picture (PNG), masks (compressed RLE counts per object) and (objects, type, text) expressions."""
+    """One scene: picture (PNG), masks (RLE counts per object), expressions (objects, type, text)."""
 
     scene: Scene
     png: bytes
@@ -134,7 +136,8 @@ def load(
     """Makes one split.
 
     Args:
-        scenes: number of scenes of this split, or a mapping of split to number; None or a missing split: `SCENES`.
+        scenes: number of scenes of this split, or a mapping of split to number; None or a missing split:
+            `SCENES`.
         cache_dir: where to keep what was made, one file per split and choice of options; None: nowhere.
         workers: processes; None: one per core. The result does not depend on it.
         **options: fields of `Options`.
@@ -168,7 +171,7 @@ def load(
 
 
 def _make_columns(seed: int, split: str, start: int, stop: int, options: Options) -> dict[str, np.ndarray]:
-    """Examples `start..stop-1` as flat arrays, which can be concatenated, sent between processes and saved."""
+    """Examples `start..stop-1` as flat arrays, which can be joined, sent between processes and saved."""
     pngs, masks, mask_images, texts, types, objects = [], [], [], [], [], []
     for index in range(start, stop):
         example = make_example(seed, split, index, options)
@@ -244,11 +247,11 @@ def _make_all(
 ) -> dict[str, np.ndarray]:
     workers = min(workers or os.cpu_count() or 1, max(count // _SCENES_PER_WORKER, 1))
     bounds = [count * i // workers for i in range(workers + 1)]
-    tasks = [(seed, split, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    tasks = [(seed, split, a, b) for a, b in itertools.pairwise(bounds)]
     if workers == 1:
         return _make_columns(*tasks[0], options)
-    # Plain processes rather than multiprocessing: forking is unsafe beside JAX's threads, and spawning would run the main module,
-    # with all that it imports, once per process.
+    # Plain processes rather than multiprocessing: forking is unsafe beside JAX's threads, and spawning would
+    # run the main module, with all that it imports, once per process.
     package_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     command = "from input_pipeline.shapes import _work; _work()"
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Finds sentences for the objects of a scene: proposes random expressions, keeps those that mean exactly the right objects."""
+"""Finds sentences for the objects of a scene: proposes expressions, keeps those that mean the right one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from input_pipeline.shapes_scene import COLOURS, SHAPES, TEXTURES, Dice, Scene
 
 TYPES = ("attribute", "place", "order", "superlative", "relation")
 NO_TARGET, SEVERAL_TARGETS = "no-target", "several-targets"
-# Flavour -> how often each type is tried first. The rarer a type succeeds the larger its weight, so that the outcome is balanced.
+# Flavour -> how often each type is tried first. The rarer a type succeeds the larger its weight, so that the
+# outcome is balanced.
 FLAVOURS = {
     "refcoco": {"attribute": 0.5, "place": 1.6, "order": 1.0, "superlative": 1.5, "relation": 0.8},
     "refcoco+": {"attribute": 0.8, "superlative": 2.0, "relation": 1.2},
@@ -46,7 +47,7 @@ class Describer:
         return None
 
     def nouns(self, target: int) -> tuple[dict[Noun, float], dict[Noun, float]]:
-        """Nouns that mean the target alone, and nouns that mean it and others, where a further word must decide.
+        """Nouns for the target alone, and nouns for it and others, where a further word must decide.
 
         Each with a weight: short ones are preferred, and such as name the shape, as people do.
         """
@@ -156,7 +157,7 @@ class Describer:
         return node(noun, word, anchor, joint)
 
     def anchor(self, other: int, flavour: str) -> Expression | None:
-        """What the referent is related to: a plain noun, in long sentences also 'largest ring' or 'ring on the left'."""
+        """The other object of a relation: a noun, in long sentences also 'largest ring' and the like."""
         if flavour == "refcocog" and self.dice.chance(0.25):
             anchor = self.dice.pick((self.place, self.superlative))(other, flavour)
             return anchor if anchor and anchor.evaluate(self.scene) == {other} else None
@@ -165,7 +166,7 @@ class Describer:
     # Generalised use.
 
     def nothing(self) -> Expression | None:
-        """A noun that means no object of the scene, near to one that does: a word of an object is exchanged."""
+        """A noun that means nothing here, though nearly: one word of a noun for an object is exchanged."""
         thing = self.scene.things[self.dice.integer(0, len(self.scene.things) - 1)]
         words = dict(shape=thing.shape, colour=thing.colour, texture=None)
         if self.dice.chance(0.3):

@@ -1,13 +1,15 @@
 """The language of the built-in data set: expressions that know what they mean.
 
-An expression is a small tree. `evaluate(scene)` is its meaning, the set of objects that it describes, or None where people could
-disagree: every geometric predicate has a grey zone between yes and no, and whatever depends on an object in it is not admissible.
-`text()` is its wording. Surface words are kept in the tree and explained by the tables below, so a new synonym is one table row.
+An expression is a small tree. `evaluate(scene)` is its meaning, the set of objects that it describes, or None
+where people could disagree: every geometric predicate has a grey zone between yes and no, and whatever
+depends on an object in it is not admissible. `text()` is its wording. Surface words are kept in the tree and
+explained by the tables below, so a new synonym is one table row.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Protocol
 
@@ -150,7 +152,7 @@ class Order:
         row = sorted((sign * getattr(scene.things[i], axis), i) for i in self.noun.evaluate(scene))
         if len(row) < self.rank:
             return frozenset()
-        for (a, _), (b, _) in zip(row[: self.rank], row[1 : self.rank + 1], strict=False):
+        for (a, _), (b, _) in itertools.pairwise(row[: self.rank + 1]):
             if b - a < ORDER_GAP:
                 return None
         return frozenset([row[self.rank - 1][1]])
@@ -219,7 +221,7 @@ class Nearest(Relation):
 
 
 def _those(candidates: Meaning, test) -> Meaning:
-    """The candidates that pass a yes / no / cannot say (None) test, or None if it cannot say for one of them."""
+    """The candidates that pass a yes / no / cannot say (None) test; None if it cannot say for one of them."""
     answers = {i: test(i) for i in candidates}
     if None in answers.values():
         return None
@@ -251,7 +253,7 @@ def is_at(thing: Thing, place: str) -> bool | None:
 
 
 def is_related(thing: Thing, words: str, other: Thing) -> bool | None:
-    """Whether `thing` stands in a relation to `other` ('left of', 'larger than', 'the same color as'); None: cannot say."""
+    """Whether `thing` is 'left of', 'larger than', 'the same color as', ... `other`; None: cannot say."""
     if words == SAME_COLOUR:
         return thing.colour == other.colour
     if words in COMPARISONS:

@@ -49,7 +49,7 @@ def render(scene: Scene, image_size: int, dice: Dice) -> tuple[np.ndarray, np.nd
     """Paints a scene.
 
     Returns:
-        image uint8 [S, S, 3]; visible masks uint8 [n, S, S], disjoint; visible share of each object, float64 [n].
+        image uint8 [S, S, 3]; disjoint masks of what is visible, uint8 [n, S, S]; visible shares float64 [n].
     """
     canvas = _background(image_size, dice)
     owner = np.full((image_size, image_size), -1, np.int16)
@@ -121,7 +121,7 @@ def _palette(colour: str, dice: Dice) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _texture(thing: Thing, rows: slice, columns: slice, image_size: int, dice: Dice) -> np.ndarray:
-    """1 where the object has its own colour, 0 where the second tone of its texture; float32 [h, w] of its window."""
+    """Where an object has its own colour (1) or the second tone of its texture (0), float32 [h, w]."""
     period = min(max(0.3 * thing.diameter, 0.078), 0.1)
     angle, phase = dice.uniform(0, math.pi), dice.uniform(0, 1)
     y = ((np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5) / image_size - thing.y)[:, None]

@@ -1,4 +1,4 @@
-"""Scenes of the built-in data set: what is in a picture and where, before any pixel or word (data spec section 5).
+"""Scenes of the built-in data set: what is where, before any pixel or word (data spec section 5).
 
 Coordinates are fractions of the image side, x to the right and y down.
 """
@@ -101,7 +101,7 @@ class Scene:
 
 
 def is_rare(shape: str, colour: str, texture: str) -> bool:
-    """Whether a combination is kept for the rare split: 24 of 144, while every pair of attributes stays in training."""
+    """Whether a combination is kept for the rare split: 24 of 144; every pair of attributes is trained."""
     return (SHAPES.index(shape) + COLOURS.index(colour) + TEXTURES.index(texture)) % 6 == 0
 
 
@@ -109,7 +109,7 @@ def is_rare(shape: str, colour: str, texture: str) -> bool:
 class Profile:
     """What distinguishes the scenes of one split.
 
-    `large` is the share of large objects, `rare` the share of objects with a combination that training never shows.
+    `large` is the share of large objects, `rare` that of objects with a combination kept from training.
     """
 
     min_objects: int
@@ -119,7 +119,7 @@ class Profile:
 
 
 def sample_scene(profile: Profile, dice: Dice) -> Scene:
-    """A random scene; objects repeat each other's colours and shapes on purpose, since one word would often do otherwise."""
+    """A random scene; objects repeat others' colours and shapes, or a single word would do too often."""
     while True:
         count = dice.integer(profile.min_objects, profile.max_objects)
         spacing = (

@@ -1,4 +1,4 @@
-"""Sentences to word-piece numbers: BERT's uncased WordPiece, from files or from the built-in grammar, never from a hub."""
+"""Sentences to numbers: BERT's uncased WordPiece, from files or the built-in grammar, never from a hub."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class Tokenizer:
     """WordPiece with BERT's uncased normalisation.
 
     Args:
-        vocab: 'shapes' (the words of the built-in grammar), the path of a vocab.txt (one piece per line), or a directory that
-            holds a vocab.txt or a tokenizer.json.
-        max_length: L; a sentence is [CLS] pieces [SEP], cut there (the published systems' cut drops the [SEP]) and padded.
+        vocab: 'shapes' (the words of the built-in grammar), the path of a vocab.txt (one piece per line), or
+            a directory that holds a vocab.txt or a tokenizer.json.
+        max_length: L; a sentence is [CLS] pieces [SEP], cut there (the published systems' cut drops the
+            [SEP]) and padded.
     Raises:
         DataError: if the vocabulary is missing or is not a BERT vocabulary.
     """
@@ -43,8 +44,8 @@ class Tokenizer:
             self.vocab[token] for token in SPECIAL
         )
         self._pieces = {number: piece for piece, number in self.vocab.items()}
-        # The tokenizers library and not transformers.BertTokenizerFast, whose constructor has taken the vocabulary under different
-        # names and, given the wrong one, silently works with five words.
+        # The tokenizers library and not transformers.BertTokenizerFast, whose constructor has taken the
+        # vocabulary under different names and, given the wrong one, silently works with five words.
         self._backend = tokenizers.Tokenizer(models.WordPiece(self.vocab, unk_token="[UNK]"))
         self._backend.normalizer = normalizers.BertNormalizer(lowercase=True)
         self._backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -58,7 +59,8 @@ class Tokenizer:
         """Sentences to numbers.
 
         Returns:
-            ids int32 [n, L]; mask int32 [n, L], 1 at real pieces; truncated bool [n], whether something was cut off.
+            ids int32 [n, L]; mask int32 [n, L], 1 at real pieces; truncated bool [n], whether something was
+            cut off.
         Raises:
             DataError: for a sentence without any word.
         """

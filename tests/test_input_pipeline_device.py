@@ -24,7 +24,8 @@ def test_values_and_layout(sharding):
     arrays = to_device(batch, sharding)
     assert arrays.keys() == batch.keys()
     for name, array in arrays.items():
-        assert array.sharding == sharding and np.array_equal(array, batch[name])
+        assert array.sharding == sharding
+        assert np.array_equal(array, batch[name])
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 10])

@@ -16,7 +16,8 @@ def test_polygons_are_x_then_y():
     mask = masks.decode([rectangle(2, 1, 7, 4)], height=6, width=9)
     expected = np.zeros((6, 9), np.uint8)
     expected[1:4, 2:7] = 1
-    assert mask.dtype == np.uint8 and np.array_equal(mask, expected)
+    assert mask.dtype == np.uint8
+    assert np.array_equal(mask, expected)
 
 
 def test_both_rules_where_parts_overlap():
@@ -26,7 +27,9 @@ def test_both_rules_where_parts_overlap():
     assert np.array_equal(masks.decode(parts, 8, 8, masks.EXACTLY_ONE), a ^ b)
     # three on one pixel are not one
     three = masks.decode([*parts, rectangle(2, 2, 4, 4)], 8, 8, masks.EXACTLY_ONE)
-    assert three[3, 3] == 0 and three[0, 0] == 1 and three[5, 5] == 1
+    assert three[3, 3] == 0
+    assert three[0, 0] == 1
+    assert three[5, 5] == 1
 
 
 def test_a_triangle_covers_what_is_inside():
@@ -38,7 +41,8 @@ def test_a_triangle_covers_what_is_inside():
         along = (q - p) / np.linalg.norm(q - p)
         distances.append(along[0] * (y - p[1]) - along[1] * (x - p[0]))
     depth = np.min(distances, 0)
-    assert mask[depth > 1].all() and not mask[depth < -1].any()
+    assert mask[depth > 1].all()
+    assert not mask[depth < -1].any()
 
 
 @pytest.mark.parametrize("compressed", [True, False])
@@ -61,20 +65,21 @@ def test_run_lengths(compressed):
 
 
 def test_no_object_is_an_empty_mask():
-    assert masks.decode([], 3, 4).shape == (3, 4) and not masks.decode([], 3, 4).any()
+    assert masks.decode([], 3, 4).shape == (3, 4)
+    assert not masks.decode([], 3, 4).any()
 
 
 @pytest.mark.parametrize("bad", [[[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [3], {"counts": "x"}, ["text"]])
 def test_what_is_no_segmentation_is_refused(bad):
-    with pytest.raises(DataError, match="segmentation: expected polygons"):
+    with pytest.raises(DataError, match=r"segmentation: expected polygons"):
         masks.decode(bad, 9, 9)
 
 
 def test_sizes_and_rules_are_checked():
     rle = masks.encode(np.ones((4, 6), np.uint8))
-    with pytest.raises(DataError, match="RLE of size 4x6 for an image of 6x4"):
+    with pytest.raises(DataError, match=r"RLE of size 4x6 for an image of 6x4"):
         masks.decode(rle, 6, 4)
-    with pytest.raises(DataError, match="rule 'any'"):
+    with pytest.raises(DataError, match=r"rule 'any'"):
         masks.decode(rle, 4, 6, "any")
 
 

@@ -27,13 +27,15 @@ def test_fixture(name):
 
 
 @pytest.mark.parametrize(
-    "height, width, size", [(37, 211, (64, 48)), (9, 5, (96, 32)), (64, 48, (64, 48)), (300, 48, (64, 48))]
+    ("height", "width", "size"),
+    [(37, 211, (64, 48)), (9, 5, (96, 32)), (64, 48, (64, 48)), (300, 48, (64, 48))],
 )
 def test_resize_is_pillows(height, width, size):
     image = np.random.RandomState(height).randint(0, 256, (height, width, 3)).astype(np.uint8)
     expected = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
     resized = ops.resize_image(image, size).numpy()
-    assert resized.dtype == np.uint8 and resized.shape == (*size, 3)
+    assert resized.dtype == np.uint8
+    assert resized.shape == (*size, 3)
     assert off_by(resized, expected) <= ((height, width) != size)
 
 
@@ -64,7 +66,8 @@ def test_exif_orientation_is_ignored():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     data = encode(SMOOTH, "JPEG", exif=exif)
-    assert ops.open_image(data).size == (64, 48) and ops.decode_image(data).shape == (48, 64, 3)
+    assert ops.open_image(data).size == (64, 48)
+    assert ops.decode_image(data).shape == (48, 64, 3)
     assert ops.prepare_image(data, (20, 30)).shape == (20, 30, 3)
 
 
@@ -72,23 +75,24 @@ def test_normalise():
     pixels = np.array([[0, 128, 255]], np.uint8)
     expected = [[-0.485 / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]]
     found = ops.normalise(pixels)
-    assert found.dtype == np.float32 and np.allclose(found, expected, atol=1e-6)
+    assert found.dtype == np.float32
+    assert np.allclose(found, expected, atol=1e-6)
 
 
 def test_unreadable_images_are_named(tmp_path):
-    with pytest.raises(DataError, match="absent.png: no such file"):
+    with pytest.raises(DataError, match=r"absent.png: no such file"):
         ops.open_image(tmp_path / "absent.png")
     text = tmp_path / "notes.png"
     text.write_text("no image")
-    with pytest.raises(DataError, match="notes.png: not a readable image"):
+    with pytest.raises(DataError, match=r"notes.png: not a readable image"):
         ops.prepare_image(str(text), (8, 8))
     cut = tmp_path / "cut.jpg"
     cut.write_bytes(encode(SMOOTH, "JPEG")[:400])
-    with pytest.raises(DataError, match="cut.jpg: not a readable image"):
+    with pytest.raises(DataError, match=r"cut.jpg: not a readable image"):
         ops.open_image(cut)
-    with pytest.raises(DataError, match="not a readable image"):
+    with pytest.raises(DataError, match=r"not a readable image"):
         ops.open_image(tmp_path)
-    with pytest.raises(DataError, match="4 bytes: not a readable image"):
+    with pytest.raises(DataError, match=r"4 bytes: not a readable image"):
         ops.open_image(b"text")
 
 

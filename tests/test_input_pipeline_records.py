@@ -35,7 +35,9 @@ def test_columns_give_back_the_records():
     singles = make()
     columns = Records.from_list(singles)
     assert list(columns) == singles
-    assert len(columns) == 6 and len(columns.images) == 2 and len(columns.segmentations) == 3
+    assert len(columns) == 6
+    assert len(columns.images) == 2
+    assert len(columns.segmentations) == 3
     assert columns[-1] == singles[-1]
     assert columns.image_rows.tolist() == [0, 1, 0, 0, 1, 0]
     with pytest.raises(IndexError):
@@ -48,20 +50,23 @@ def test_slices_and_selections_share_images_and_objects():
     assert list(columns[1:5:2]) == singles[1:5:2]
     chosen = columns.select([4, 0, 4])
     assert list(chosen) == [singles[4], singles[0], singles[4]]
-    assert chosen.images is columns.images and chosen.segmentations is columns.segmentations
+    assert chosen.images is columns.images
+    assert chosen.segmentations is columns.segmentations
     assert len(Records.from_list([])) == 0
 
 
 def test_columns_of_different_length_are_refused():
     columns = Records.from_list(make())
-    with pytest.raises(DataError, match="'texts': 5.*'types': 6"):
+    with pytest.raises(DataError, match=r"'texts': 5.*'types': 6"):
         dataclasses.replace(columns, texts=columns.texts[:5])
 
 
 def test_blobs():
     items = [b"one", b"", b"three", b"4"]
     blobs = Blobs.join(items)
-    assert list(blobs) == items and blobs[-2] == b"three" and len(blobs) == 4
+    assert list(blobs) == items
+    assert blobs[-2] == b"three"
+    assert len(blobs) == 4
     with pytest.raises(IndexError):
         blobs[4]
     assert list(Blobs.join([])) == []
@@ -77,8 +82,8 @@ def test_registry(monkeypatch):
 
     assert splits("mine") == ("train", "holdout")
     assert len(load("mine", "holdout", seed=1, size=4)) == 4
-    with pytest.raises(DataError, match="'mine' has no split 'val'; it has: train, holdout"):
+    with pytest.raises(DataError, match=r"'mine' has no split 'val'; it has: train, holdout"):
         load("mine", "val")
-    with pytest.raises(DataError, match="unknown data source 'coco'; there are: mine, shapes"):
+    with pytest.raises(DataError, match=r"unknown data source 'coco'; there are: mine, shapes"):
         load("coco", "val")
     assert splits("shapes") == ("train", "val", "testA", "testB", "rare")

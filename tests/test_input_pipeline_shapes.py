@@ -23,8 +23,9 @@ def examples():
     return {s: [shapes.make_example(3, s, i, options) for i in range(SCENES)] for s in shapes.SCENES}
 
 
-# A second reader: from text to the set of objects, by regular expressions and plain comparisons. `cut` in 0..1 says where in every grey
-# zone it draws the line between yes and no; an admissible sentence means the same wherever that is.
+# A second reader: from text to the set of objects, by regular expressions and plain comparisons. `cut` in
+# 0..1 says where in every grey zone it draws the line between yes and no; an admissible sentence means the
+# same wherever that is.
 
 
 def read(text: str, things: tuple[Thing, ...], cut: float) -> set[int]:
@@ -32,8 +33,8 @@ def read(text: str, things: tuple[Thing, ...], cut: float) -> set[int]:
     towards = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1), "under": (0, 1)}
     relation = re.fullmatch(
         r"(.*?) (?:(?:that|which) (?:is|has) |with )?(?:to the )?"
-        r"(left of|right of|above|below|under|closest to|nearest to|larger than|bigger than|smaller than|the same color as)"
-        r" the (?!picture|image)(.*)",
+        r"(left of|right of|above|below|under|closest to|nearest to|larger than|bigger than|smaller than|"
+        r"the same color as) the (?!picture|image)(.*)",
         text,
     )
     if relation:
@@ -64,8 +65,11 @@ def read(text: str, things: tuple[Thing, ...], cut: float) -> set[int]:
             if (dx * ux + dy * uy) > cosine * math.hypot(dx, dy):
                 found.add(i)
         return found
-    where = re.fullmatch(r"(.*?) (?:on|at|in) the (left|right|top|bottom|middle|center|(?:top|bottom) (?:left|right))"
-                         r"(?: of the (?:picture|image))?", text)  # fmt: skip
+    where = re.fullmatch(
+        r"(.*?) (?:on|at|in) the (left|right|top|bottom|middle|center|(?:top|bottom) (?:left|right))"
+        r"(?: of the (?:picture|image))?",
+        text,
+    )
     if not where:
         before = re.fullmatch(r"((?:top |bottom )?(?:left|right)|top|bottom|middle|center) (.*)", text)
         where = before and re.match(r"(.*)\|(.*)", f"{before[2]}|{before[1]}")
@@ -122,7 +126,7 @@ def test_every_sentence_means_exactly_its_object(examples, cut):
 
 
 def test_types_name_the_words_that_decide(examples):
-    """Without its place, order, superlative or relation a sentence fits several objects, so the type is really needed."""
+    """Without its place, order or superlative a sentence fits several objects: the word is needed."""
     for example in examples["train"]:
         for (target,), kind, text in example.expressions:
             words = text.removeprefix("the ").split()
@@ -140,11 +144,12 @@ def test_types_are_balanced(examples):
     kinds = [kind for example in examples["train"] for _, kind, _ in example.expressions]
     shares = {kind: kinds.count(kind) / len(kinds) for kind in shapes.TYPES}
     assert set(kinds) == set(shapes.TYPES)
-    assert min(shares.values()) > 0.1 and max(shares.values()) < 0.35, shares
+    assert min(shares.values()) > 0.1, shares
+    assert max(shares.values()) < 0.35, shares
 
 
 def test_masks_show_the_objects(examples):
-    """Centre, area and colour of the pixels under each mask: no transposed, shifted or swapped mask passes."""
+    """Centre, area and colour of the pixels under each mask: none transposed, shifted or swapped passes."""
     from input_pipeline.ops import open_image
 
     size, hues = 96, {"red": 0, "orange": 27, "yellow": 53, "green": 125, "blue": 220, "purple": 284}
@@ -160,7 +165,8 @@ def test_masks_show_the_objects(examples):
             assert 0.6 * alone.sum() <= visible.sum() <= math.pi / 4 * 1.3 * (thing.diameter * size) ** 2
             if visible.sum() == alone.sum() and thing.shape in ("circle", "square", "cross", "ring"):
                 y, x = (np.nonzero(visible)[axis].mean() + 0.5 for axis in (0, 1))
-                assert abs(x / size - thing.x) < 0.01 and abs(y / size - thing.y) < 0.01
+                assert abs(x / size - thing.x) < 0.01
+                assert abs(y / size - thing.y) < 0.01
             if thing.texture == "plain":
                 hue = np.median(image[visible > 0][:, 0]) * 360 / 255
                 assert abs((hue - hues[thing.colour] + 180) % 360 - 180) < 12, (thing, hue)
@@ -184,7 +190,8 @@ def test_drawn_shapes_have_the_right_area_and_orientation(shape):
     if shape == "triangle":  # the tip is up
         assert rows[:128].sum() < rows[128:].sum()
     if shape == "star":
-        assert mask[: 128 - 56, 128].any() and not mask[128 + 56 :, 128].any()
+        assert mask[: 128 - 56, 128].any()
+        assert not mask[128 + 56 :, 128].any()
     assert abs(mask.astype(int) - mask[:, ::-1]).sum() < 0.03 * mask.sum()  # upright shapes are symmetric
 
 
@@ -192,8 +199,10 @@ def test_visible_share_counts_what_is_hidden():
     below = Thing("square", "red", "plain", 0.4, 0.4, 0.5, 0.0)
     above = Thing("square", "blue", "plain", 0.4, 0.6, 0.5, 0.0)
     _, masks, visible = render(Scene((below, above)), 96, Dice(0))
-    assert visible[1] == 1 and visible[0] == pytest.approx(0.2 / 0.348, abs=0.03)
-    assert masks[0].any() and not (masks[0] & masks[1]).any()
+    assert visible[1] == 1
+    assert visible[0] == pytest.approx(0.2 / 0.348, abs=0.03)
+    assert masks[0].any()
+    assert not (masks[0] & masks[1]).any()
 
 
 def test_rare_combinations_occur_in_the_rare_split_only(examples):
@@ -215,8 +224,10 @@ def test_rare_combinations_occur_in_the_rare_split_only(examples):
 
 def test_splits_differ_as_documented(examples):
     counts = {split: [len(e.scene.things) for e in made] for split, made in examples.items()}
-    assert set(counts["train"]) == set(range(3, 9)) and set(counts["testA"]) == {3, 4}
-    assert min(counts["testB"]) >= 7 and max(counts["testB"]) > 8
+    assert set(counts["train"]) == set(range(3, 9))
+    assert set(counts["testA"]) == {3, 4}
+    assert min(counts["testB"]) >= 7
+    assert max(counts["testB"]) > 8
     large = {
         s: np.mean([t.diameter > 0.3 for e in made for t in e.scene.things]) for s, made in examples.items()
     }
@@ -243,7 +254,8 @@ def test_vocabulary_is_what_is_said():
         for split in ("train", "testB"):
             example = shapes.make_example(1, split, i, shapes.Options(generalised=True, expressions=4))
             for _, _, text in example.expressions:
-                assert len(text.split()) <= 20 and len(text.split()) == len(text.split(" "))
+                assert len(text.split()) <= 20
+                assert len(text.split()) == len(text.split(" "))
                 said.update(text.split())
     assert said <= set(shapes.vocabulary())
     # Ranks and plurals of every kind are too rare to appear in a few scenes.
@@ -267,7 +279,8 @@ def test_generalised_expressions():
     records = load("shapes", "val", scenes=5, generalised=True)
     nothing = [r for r in records if r.type == "no-target"]
     several = [r for r in records if r.type == "several-targets"]
-    assert nothing and all(r.segmentation == [] for r in nothing)
+    assert nothing
+    assert all(r.segmentation == [] for r in nothing)
     # The union of the masks: as large as its disjoint parts together, within one picture.
     example = shapes.make_example(0, "val", several[0].image_id, options)
     objects = next(o for o, kind, _ in example.expressions if kind == "several-targets")
@@ -393,7 +406,8 @@ def test_the_cache_holds_the_same_and_heals_by_name(tmp_path):
     made = load("shapes", "val", **options)
     (path,) = (tmp_path / "new").iterdir()
     before = path.stat().st_mtime_ns
-    assert same(made, load("shapes", "val", **options)) and path.stat().st_mtime_ns == before
+    assert same(made, load("shapes", "val", **options))
+    assert path.stat().st_mtime_ns == before
     assert not same(made, load("shapes", "val", **(options | {"seed": 2})))
     assert len(list((tmp_path / "new").iterdir())) == 2
     path.write_bytes(path.read_bytes()[:100])
@@ -434,6 +448,7 @@ def test_crowded_scenes_and_single_types_end():
 
 def test_grey_zones_are_wide_enough_to_see():
     """A few pixels at 96, or nobody could tell yes from no."""
-    assert shapes_grammar.SIDE_NO - shapes_grammar.SIDE_YES >= 0.1 and shapes_grammar.ORDER_GAP >= 0.06
+    assert shapes_grammar.SIDE_NO - shapes_grammar.SIDE_YES >= 0.1
+    assert shapes_grammar.ORDER_GAP >= 0.06
     assert dataclasses.replace(at(0, 0), diameter=0.25).size == "small"
     assert dataclasses.replace(at(0, 0), diameter=0.32).size == "large"

@@ -53,7 +53,8 @@ def test_pieces_are_berts(vocab_file):
     theirs = BertTokenizer(vocab={piece: i for i, piece in enumerate(VOCAB)})
     assert theirs.vocab_size == len(VOCAB)
     ids, mask, truncated = ours.encode(TEXTS)
-    assert ids.dtype == mask.dtype == np.int32 and ids.shape == mask.shape == (len(TEXTS), 12)
+    assert ids.dtype == mask.dtype == np.int32
+    assert ids.shape == mask.shape == (len(TEXTS), 12)
     for row, text in enumerate(TEXTS):
         expected = theirs.encode(text)
         assert ids[row].tolist() == (expected + [0] * 12)[:12]
@@ -71,7 +72,8 @@ def test_the_cut_drops_the_last_mark_as_published(vocab_file):
         ["[CLS]", "man", "man", "man"],
         ["[CLS]", "man", "[SEP]"],
     ]
-    assert truncated.tolist() == [False, True, False] and mask.sum(1).tolist() == [4, 4, 3]
+    assert truncated.tolist() == [False, True, False]
+    assert mask.sum(1).tolist() == [4, 4, 3]
 
 
 def test_special_words_in_a_sentence_stay_words(vocab_file):
@@ -81,8 +83,9 @@ def test_special_words_in_a_sentence_stay_words(vocab_file):
 
 def test_shapes_vocabulary():
     tokenizer = Tokenizer("shapes")
-    assert tokenizer.vocab_size == len(shapes.vocabulary()) + len(SPECIAL) and tokenizer.pad_id == 0
-    ids, mask, _ = tokenizer.encode(["The small RED ring", "red elephant"])
+    assert tokenizer.vocab_size == len(shapes.vocabulary()) + len(SPECIAL)
+    assert tokenizer.pad_id == 0
+    ids, _, _ = tokenizer.encode(["The small RED ring", "red elephant"])
     assert tokenizer.tokens(ids[0]) == ["[CLS]", "the", "small", "red", "ring", "[SEP]"]
     assert tokenizer.tokens(ids[1]) == ["[CLS]", "red", "[UNK]", "[SEP]"]
     assert tokenizer.unknown_words("a red Elephant") == ["a", "Elephant"]
@@ -104,24 +107,24 @@ def test_tokenizer_json(tmp_path):
     assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["type"] == "WordPiece"
     assert Tokenizer(str(tmp_path)).vocab == {piece: i for i, piece in enumerate(VOCAB)}
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match="tokenizer.json: not a tokenizer file"):
+    with pytest.raises(DataError, match=r"tokenizer.json: not a tokenizer file"):
         Tokenizer(str(tmp_path))
 
 
 def test_no_vocabulary(tmp_path):
-    with pytest.raises(DataError, match="vocab.txt: no such vocabulary"):
+    with pytest.raises(DataError, match=r"vocab.txt: no such vocabulary"):
         Tokenizer(str(tmp_path))
     words = tmp_path / "words.txt"
     words.write_text("red\nblue\n")
     with pytest.raises(DataError, match=r"words.txt: a vocabulary of 2 pieces that lacks \[PAD\]"):
         Tokenizer(str(words))
     words.write_text("\n".join(SPECIAL))
-    with pytest.raises(DataError, match="5 pieces that has no words"):
+    with pytest.raises(DataError, match=r"5 pieces that has no words"):
         Tokenizer(str(words))
     words.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="not a text file"):
+    with pytest.raises(DataError, match=r"not a text file"):
         Tokenizer(str(words))
-    with pytest.raises(DataError, match="max_length 2"):
+    with pytest.raises(DataError, match=r"max_length 2"):
         Tokenizer("shapes", max_length=2)
 
 
