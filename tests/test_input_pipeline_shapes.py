@@ -172,6 +172,17 @@ def test_masks_show_the_objects(examples):
                 assert abs((hue - hues[thing.colour] + 180) % 360 - 180) < 12, (thing, hue)
 
 
+def test_enough_of_every_object_is_visible(examples):
+    hidden = 0
+    for example in [example for made in examples.values() for example in made]:
+        areas = coco_mask.area([{"size": [96, 96], "counts": c} for c in example.masks])
+        for thing, area in zip(example.scene.things, areas, strict=True):
+            alone = render(Scene((thing,)), 96, Dice(0))[1].sum()
+            assert 0.6 * alone <= area <= alone
+            hidden += area < alone
+    assert hidden > 30  # yet some are partly hidden
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_drawn_shapes_have_the_right_area_and_orientation(shape):
     size = 256
