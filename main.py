@@ -7,6 +7,7 @@ python main.py --mode=predict --workdir=DIR --image=FILE --text="the red ring" -
 
 import os
 import sys
+import threading
 
 # TensorFlow only reads data here; its start-up notes say nothing.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -38,6 +39,7 @@ def main(_) -> None:
     logging.get_absl_handler().addFilter(
         lambda record: "orbax" not in record.pathname
     )  # It narrates every save.
+    sys.excepthook = report_main_thread
     from input_pipeline.records import DataError
     from magnet_jax.errors import UserError
 
@@ -82,7 +84,7 @@ def run(config) -> None:
     else:
         from magnet_jax.predict import predict
 
-        texts = [line for text in _TEXT.value for line in text.split("\n")]
+        texts = [line for text in _TEXT.value for line in text.splitlines() or [""]]
         predict(_WORKDIR.value, _IMAGE.value, texts, _OUTPUT.value, config)
 
 
@@ -90,11 +92,20 @@ def parse(argv: list[str]) -> list[str]:
     """absl's flag parser; anything wrong with a flag or a configuration field is one line and exit code 2."""
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        _CONFIG.value  # noqa: B018  A configuration that did not load raises at its first use.
+    except OSError as error:
+        fail(2, f"--config: {str(error).strip().splitlines()[-1].strip()}")
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         fail(2, " ".join(str(error).split()))
     if rest[1:]:
         fail(2, f"'{rest[1]}' is not a flag; expected --name=value")
     return rest
+
+
+def report_main_thread(kind, error, trace) -> None:
+    """Shows the main thread's errors alone: on a full disk each of orbax's writers has one, and ours tells it too."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, trace)
 
 
 def fail(code: int, line: str) -> None:

@@ -92,6 +92,8 @@ def predict(
     """Writes the overlay to `output` and the mask (0/255, the image's size) to `*.mask.png`; numbered for several texts."""
     if not texts:
         raise UserError("--text is missing; give --text='the red circle on the left', repeatable")
+    if not all(text.strip() for text in texts):
+        raise UserError("--text is empty; write what to look for, as in --text='the red circle on the left'")
     output = Path(output)
     if output.suffix.lower() != ".png":
         raise UserError(f"--output is '{output}'; expected a name that ends in .png")

@@ -257,7 +257,7 @@ def test_best_checkpoint_survives(tmp_path):
     config.checkpoint.keep = 1
     config.checkpoint.every_steps = 100
     scores = iter([10.0, 30.0, 20.0, 25.0, 5.0])
-    with mock.patch.object(train_module, "best_score", lambda *_: next(scores)):
+    with mock.patch.object(train_module, "best_score", side_effect=scores):
         train(config, tmp_path)
     checkpointer = Checkpointer(tmp_path, read_only=True)
     assert checkpointer._manager.best_step() == 4
@@ -270,7 +270,7 @@ def test_best_score_is_remembered_over_a_restart(tmp_path):
     config.train.eval_every = 2
     config.checkpoint.every_steps = 1
     scores = iter([50.0, 40.0, 30.0, 60.0, 20.0])
-    with mock.patch.object(train_module, "best_score", lambda *_: next(scores)):
+    with mock.patch.object(train_module, "best_score", side_effect=scores):
         with stop_at(5, lambda: signal.raise_signal(signal.SIGTERM)):
             train(config, tmp_path)
         assert Checkpointer(tmp_path, read_only=True).best_score() == 50.0

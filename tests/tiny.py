@@ -4,7 +4,6 @@ import contextlib
 from unittest import mock
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from configs import debug
 from magnet_jax import train, trained

@@ -1,0 +1,93 @@
+"""Schedules by their formulas, the chain against AdamW written out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from magnet_jax.errors import UserError
+from magnet_jax.network import build_network
+from magnet_jax.optim import decay_mask, make_optimizer, make_schedule
+from magnet_jax.sharding import path_name
+from magnet_jax.trained import batch_shapes
+
+
+def optimizer_config(**fields):
+    config = common.get_config().optimizer
+    config.update(fields)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("schedule", "formula"),
+    [
+        ("polynomial", lambda done: (1 - done) ** 0.9),
+        ("cosine", lambda done: (1 + np.cos(np.pi * done)) / 2),
+        ("constant", lambda done: 1.0),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 20])
+def test_schedules(schedule, formula, warmup):
+    rate = make_schedule(optimizer_config(schedule=schedule, learning_rate=0.5, warmup_steps=warmup), 100)
+    for step in range(101):
+        expected = step / warmup if step < warmup else formula((step - warmup) / (100 - warmup))
+        assert float(rate(step)) == pytest.approx(0.5 * expected, abs=1e-6), step
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UserError, match="config.optimizer.name is 'sgd'"):
+        make_optimizer(optimizer_config(name="sgd"), 10)
+
+
+def test_three_steps_equal_adamw_written_out():
+    config = optimizer_config(
+        learning_rate=0.1,
+        weight_decay=0.2,
+        clip_norm=1.5,
+        b1=0.8,
+        b2=0.9,
+        power=1.0,
+        lr_multipliers=(("head", 3.0),),
+    )
+    tx, _ = make_optimizer(config, 10)
+    rng = np.random.default_rng(0)
+    params = {name: {"kernel": rng.normal(size=3), "bias": rng.normal(size=2)} for name in ("body", "head")}
+    params = jax.tree.map(jnp.float32, params)
+    expected = jax.tree.map(np.asarray, params)
+    mean = jax.tree.map(np.zeros_like, expected)
+    square = jax.tree.map(np.zeros_like, expected)
+    state = tx.init(params)
+    for step in range(3):
+        gradient = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), expected)
+        updates, state = tx.update(gradient, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+
+        norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradient)))
+        gradient = jax.tree.map(lambda g: g * min(1, 1.5 / norm), gradient)  # noqa: B023
+        mean = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, mean, gradient)
+        square = jax.tree.map(lambda s, g: 0.9 * s + 0.1 * g**2, square, gradient)
+        for name, factor in (("body", 1.0), ("head", 3.0)):
+            for part, decay in (("kernel", 0.2), ("bias", 0.0)):
+                direction = mean[name][part] / (1 - 0.8 ** (step + 1))
+                direction = direction / (np.sqrt(square[name][part] / (1 - 0.9 ** (step + 1))) + 1e-8)
+                direction = direction + decay * expected[name][part]
+                expected[name][part] = expected[name][part] - 0.1 * (1 - step / 10) * factor * direction
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), params, expected)
+
+
+def test_no_decay_on_norms_biases_and_position_biases_of_the_network():
+    from tests.tiny import debug
+
+    config = debug.get_config()
+    config.model.bert.vocab_size, config.loss.mask_id = 40, 4
+    shapes = jax.eval_shape(lambda: build_network(config).init(jax.random.key(0), batch_shapes(config)))
+    mask = decay_mask(shapes, config.optimizer.no_decay)
+    decayed, spared = set(), set()
+    for path, value in jax.tree_util.tree_leaves_with_path(mask):
+        (decayed if value else spared).add(path_name(path))
+    assert any(name.endswith("kernel") for name in decayed)
+    assert not [name for name in decayed if name.endswith(("/bias", "/scale"))]
+    assert not [name for name in decayed if "relative_position_bias" in name]
+    # A matrix that is spared would be an accident of an expression, position bias tables aside.
+    assert not [name for name in spared if name.endswith("kernel")]
