@@ -7,7 +7,6 @@ python main.py --mode=predict --workdir=DIR --image=FILE --text="the red ring" -
 
 import os
 import sys
-import threading
 
 # TensorFlow only reads data here; its start-up notes say nothing.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -39,7 +38,7 @@ def main(_) -> None:
     logging.get_absl_handler().addFilter(
         lambda record: "orbax" not in record.pathname
     )  # It narrates every save.
-    sys.excepthook = report_main_thread
+    sys.excepthook = report
     from input_pipeline.records import DataError
     from magnet_jax.errors import UserError
 
@@ -92,7 +91,7 @@ def parse(argv: list[str]) -> list[str]:
     """absl's flag parser; anything wrong with a flag or a configuration field is one line and exit code 2."""
     try:
         rest = flags.FLAGS(argv)
-        _CONFIG.value  # noqa: B018  A configuration that did not load raises at its first use.
+        getattr(_CONFIG.value, "seed", None)  # A configuration that did not load raises at its first use.
     except OSError as error:
         fail(2, f"--config: {str(error).strip().splitlines()[-1].strip()}")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -102,9 +101,9 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def report_main_thread(kind, error, trace) -> None:
-    """Shows the main thread's errors alone: on a full disk each of orbax's writers has one, and ours tells it too."""
-    if threading.current_thread() is threading.main_thread():
+def report(kind, error, trace) -> None:
+    """Shows an uncaught error, but not what orbax's writers add on a full disk, one for each array, to the error itself."""
+    if str(error) != "Event loop is closed":
         sys.__excepthook__(kind, error, trace)
 
 

@@ -143,9 +143,9 @@ def test_checkpoint_of_other_shapes(run):
 @pytest.mark.parametrize(
     ("image", "text", "part"),
     [
-        ("absent.png", "a circle", "absent.png"),
-        ("notes.png", "a circle", "notes.png"),
-        ("cut.png", "a circle", "cut.png"),
+        ("absent.png", "the circle", "absent.png"),
+        ("notes.png", "the circle", "notes.png"),
+        ("cut.png", "the circle", "cut.png"),
         ("scene.png", " ", "--text is empty"),
         ("scene.png", None, "--text is missing"),
     ],
@@ -163,7 +163,7 @@ def test_wrong_inputs_of_predict(run, scene, tmp_path, image, text, part):
 def test_output_that_cannot_be_written(run, scene, tmp_path):
     (tmp_path / "file").write_text("")
     output = tmp_path / "file" / "out.png"
-    arguments = [f"--workdir={run[0]}", f"--image={scene}", "--text=a circle", f"--output={output}"]
+    arguments = [f"--workdir={run[0]}", f"--image={scene}", "--text=the circle", f"--output={output}"]
     assert_one_line(cli("--mode=predict", *arguments), str(tmp_path / "file"))
 
 
