@@ -38,7 +38,6 @@ def main(_) -> None:
     logging.get_absl_handler().addFilter(
         lambda record: "orbax" not in record.pathname
     )  # It narrates every save.
-    sys.excepthook = report
     from input_pipeline.records import DataError
     from magnet_jax.errors import UserError
 
@@ -99,12 +98,6 @@ def parse(argv: list[str]) -> list[str]:
     if rest[1:]:
         fail(2, f"'{rest[1]}' is not a flag; expected --name=value")
     return rest
-
-
-def report(kind, error, trace) -> None:
-    """Shows an uncaught error, but not what orbax's writers add on a full disk, one for each array, to the error itself."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
 
 
 def fail(code: int, line: str) -> None:

@@ -5,6 +5,9 @@ A checkpoint has three items: `params` (all that evaluation needs), `rest` (step
 """
 
 import contextlib
+import errno
+import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -54,10 +57,11 @@ class Checkpointer:
     def save(self, step: int, state, meta: dict, score: float | None = None) -> None:
         """Starts saving and returns; `score` (higher is better) makes it a candidate for the best.
 
-        Raises OSError where an earlier save failed (a full disk).
+        Raises OSError where there is no room, and where an earlier save failed.
         """
         if step == self.latest_step():
             return
+        self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         with _os_errors(self.directory):
             self._manager.save(
                 step,
@@ -107,6 +111,14 @@ class Checkpointer:
     def close(self) -> None:
         """Ends the background threads."""
         self._manager.close()
+
+    def _check_room(self, needed: int) -> None:
+        # Orbax on a full disk prints a traceback for each array; better not to begin. Indexes and metadata come on top.
+        needed += 2**24
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            sizes = f"{needed / 1e6:.1f} MB needed for a checkpoint, {free / 1e6:.1f} MB free"
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({sizes})", str(self.directory))
 
     def _check_shapes(self, step: int, expected: dict) -> None:
         saved = self._manager.item_metadata(step)

@@ -1,5 +1,8 @@
 """Checkpoints: exact, whole or absent, restored onto other placements, other shapes refused by name."""
 
+import shutil
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,12 +83,29 @@ def test_all_differing_arrays_are_listed_in_one_line(saved):
         assert part in message
 
 
-def test_what_a_killed_save_left_is_not_a_checkpoint(saved):
-    workdir, _ = saved
+def test_what_a_killed_save_left_is_not_a_checkpoint_and_not_in_the_way(saved):
+    workdir, state = saved
     (workdir / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
     assert Checkpointer(workdir, read_only=True).latest_step() == 7
-    assert Checkpointer(workdir).latest_step() == 7
-    assert not (workdir / "checkpoints" / "9.orbax-checkpoint-tmp").exists()
+    checkpointer = Checkpointer(workdir)
+    assert checkpointer.latest_step() == 7
+    checkpointer.save(9, state, {})
+    checkpointer.wait()
+    assert Checkpointer(workdir, read_only=True).latest_step() == 9
+
+
+def test_full_disk_is_noticed_before_anything_is_written(saved):
+    workdir, state = saved
+    checkpointer = Checkpointer(workdir)
+    usage = shutil.disk_usage(workdir)
+    with (
+        mock.patch.object(shutil, "disk_usage", return_value=usage._replace(free=10_000_000)),
+        pytest.raises(
+            OSError, match=r"No space left on device \(42.0 MB needed for a checkpoint, 10.0 MB free\)"
+        ),
+    ):
+        checkpointer.save(9, state, {})
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["7"]
 
 
 def test_no_checkpoint_is_one_line(tmp_path):

@@ -174,7 +174,7 @@ def test_workdir_that_cannot_be_written(tmp_path, workdir):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_full_disk(tmp_path):
+def test_disk_that_refuses_to_take_more(tmp_path):
     program = """if True:
         import resource, sys
         import tests.conftest
@@ -194,6 +194,8 @@ def test_full_disk(tmp_path):
         text=True,
         env=environment,
     )
-    assert_one_line(ended, "checkpoint", str(tmp_path))
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"error: could not write a checkpoint to '{tmp_path}")
     assert not (tmp_path / "results.json").exists()
     assert not [path for path in (tmp_path / "checkpoints").glob("*") if path.name.isdigit()]
