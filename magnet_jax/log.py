@@ -51,7 +51,9 @@ class Log:
         terms = "  ".join(
             f"{_SHOWN.get(k, k.removeprefix('loss/'))} {_number(v)}" for k, v in metrics.items()
         )
-        pace = f"{rate:6.2f} steps/s {rate * self.images_per_step:6.0f} images/s {left} left  " if steps else ""
+        pace = (
+            f"{rate:6.2f} steps/s {rate * self.images_per_step:6.0f} images/s {left} left  " if steps else ""
+        )
         self.say(f"step {step:>6}/{self.total_steps}  {pace}{terms}")
         self._record(step, {"train/" + name: value for name, value in (metrics | speed).items()})
 

@@ -281,7 +281,9 @@ def test_best_score_is_remembered_over_a_restart(tmp_path):
 def test_unknown_best_metric_lists_what_exists(tmp_path):
     config = tiny_config()
     config.checkpoint.best_metric = "squash/IoU"
-    with pytest.raises(UserError, match=r"best_metric is 'squash/IoU'; expected one of squash/oIoU, squash/mIoU"):
+    with pytest.raises(
+        UserError, match=r"best_metric is 'squash/IoU'; expected one of squash/oIoU, squash/mIoU"
+    ):
         train(config, tmp_path)
 
 
