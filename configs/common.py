@@ -101,6 +101,7 @@ def get_config() -> ConfigDict:
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999
     optimizer.eps = 1e-8
+    optimizer.flatten = False  # Moments as one vector each: for small networks faster; not for 'fsdp'.
     optimizer.clip_norm = 1.0  # Global norm that gradients are cut to; 0 for never.
     optimizer.lr_multipliers = ()  # ((expression, factor), ...): the first found in a name scales its learning rate.
 

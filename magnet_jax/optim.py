@@ -41,9 +41,9 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
         raise UserError(f"config.optimizer.name is '{config.name}'; expected 'adamw'")
     schedule = make_schedule(config, total_steps)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    adam = optax.chain(clip, optax.scale_by_adam(config.b1, config.b2, config.eps))
     chain = [
-        clip,
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.flatten(adam) if config.flatten else adam,
         optax.add_decayed_weights(
             config.weight_decay, mask=lambda params: decay_mask(params, config.no_decay)
         ),

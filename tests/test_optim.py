@@ -40,8 +40,10 @@ def test_unknown_names_are_refused():
         make_optimizer(optimizer_config(name="sgd"), 10)
 
 
-def test_three_steps_equal_adamw_written_out():
+@pytest.mark.parametrize("flatten", [False, True])
+def test_three_steps_equal_adamw_written_out(flatten):
     config = optimizer_config(
+        flatten=flatten,
         learning_rate=0.1,
         weight_decay=0.2,
         clip_norm=1.5,
