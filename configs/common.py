@@ -28,8 +28,12 @@ def get_config() -> ConfigDict:
 
     c.model = model = ConfigDict()
     model.name = "magnet"
-    model.dtype = "float32"  # Of the computation, 'float32' or 'bfloat16'; parameters and statistics are float32.
-    model.alignment = True  # The Cross-modal Alignment Module; False: plain PWAM fusion, words never see the image.
+    model.dtype = (
+        "float32"  # Of the computation, 'float32' or 'bfloat16'; parameters and statistics are float32.
+    )
+    model.alignment = (
+        True  # The Cross-modal Alignment Module; False: plain PWAM fusion, words never see the image.
+    )
     model.pyramids = (1, 2, 3, 6)  # Its granularities.
     model.fusion_heads = (1, 1, 1, 1)  # Heads of the pixel-word attention, by stage.
     model.fusion_dropout = 0.0
@@ -73,13 +77,17 @@ def get_config() -> ConfigDict:
     loss.bce = 5.0
     loss.dice = 5.0
     loss.class_ = 2.0  # Is there an object that the sentence means?
-    loss.full_resolution = False  # Compare masks at the image's size instead of the mask features' (stride 4).
+    loss.full_resolution = (
+        False  # Compare masks at the image's size instead of the mask features' (stride 4).
+    )
     loss.grounding = 1.0  # Mask Grounding.
     loss.mask_ratio = 0.15  # Share of words that are masked,
     loss.mask_at_least_one = True  # but never none of a sentence.
     loss.mask_keep = 0.1  # Share of these that stay as they are instead of becoming [MASK].
     loss.mask_id = -1  # Id of [MASK]; -1: the tokenizer's.
-    loss.grounding_shared_pass = True  # Segment from the masked sentence; False: a clean forward pass of its own.
+    loss.grounding_shared_pass = (
+        True  # Segment from the masked sentence; False: a clean forward pass of its own.
+    )
     loss.alignment = 1.0  # Pixel-to-pixel and pixel-to-text contrast.
     loss.alignment_stride = 8  # Pixels of the image per compared pixel.
     loss.alignment_block = 0  # Rows of the pixel-to-pixel similarity held at a time; 0: all.

@@ -83,7 +83,12 @@ def _pixel_rows(rows, features, positive, index, foreground, tau):
 
 
 def pixel_to_pixel(
-    features: jax.Array, foreground: jax.Array, weight: jax.Array, *, tau: float = 0.1, block: int | None = None
+    features: jax.Array,
+    foreground: jax.Array,
+    weight: jax.Array,
+    *,
+    tau: float = 0.1,
+    block: int | None = None,
 ) -> jax.Array:
     """Contrasts every foreground pixel's likeness to its object with that to the background (spec section 6).
 

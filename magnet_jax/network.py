@@ -29,7 +29,9 @@ class Network:
 
     def init(self, key: jax.Array, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Initial parameters for batches shaped like `batch` (arrays or shapes; only the first example is looked at)."""
-        image, ids = (jnp.zeros((1, *batch[name].shape[1:]), batch[name].dtype) for name in ("image", "text_ids"))
+        image, ids = (
+            jnp.zeros((1, *batch[name].shape[1:]), batch[name].dtype) for name in ("image", "text_ids")
+        )
         model_key, grounding_key = jax.random.split(key)
         output, variables = self.model.init_with_output(model_key, image, ids, jnp.ones_like(ids))
         params = {"model": variables["params"]}

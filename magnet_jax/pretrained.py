@@ -75,7 +75,11 @@ def _swin(source: str, target: str) -> list[tuple]:
         *_pair(block + r"mlp\.fc1", ours + "fc1"),
         *_pair(block + r"mlp\.fc2", ours + "fc2"),
         *_norm(source + r"layers\.(\d)\.downsample\.norm", target + "merge_{0}/norm"),
-        (source + r"layers\.(\d)\.downsample\.reduction\.weight", target + "merge_{0}/reduction/kernel", LINEAR),
+        (
+            source + r"layers\.(\d)\.downsample\.reduction\.weight",
+            target + "merge_{0}/reduction/kernel",
+            LINEAR,
+        ),
     ]
 
 
@@ -143,10 +147,13 @@ MAGNET = [
     *_norm(_ENCODER + "norm2", "decoder/layer_{0}/norm2"),
     *_pair(r"classifier\.pixel_decoder\.mask_features", "decoder/mask_features", POINT2D),
     *_packed(
-        _PREDICTOR + r"transformer_cross_attention_layers\.(\d+)\.multihead_attn", "predictor/layer_{0}/cross_attn"
+        _PREDICTOR + r"transformer_cross_attention_layers\.(\d+)\.multihead_attn",
+        "predictor/layer_{0}/cross_attn",
     ),
     *_norm(_PREDICTOR + r"transformer_cross_attention_layers\.(\d+)\.norm", "predictor/layer_{0}/cross_norm"),
-    *_packed(_PREDICTOR + r"transformer_self_attention_layers\.(\d+)\.self_attn", "predictor/layer_{0}/self_attn"),
+    *_packed(
+        _PREDICTOR + r"transformer_self_attention_layers\.(\d+)\.self_attn", "predictor/layer_{0}/self_attn"
+    ),
     *_norm(_PREDICTOR + r"transformer_self_attention_layers\.(\d+)\.norm", "predictor/layer_{0}/self_norm"),
     *_pair(_PREDICTOR + r"transformer_ffn_layers\.(\d+)\.linear1", "predictor/layer_{0}/fc1"),
     *_pair(_PREDICTOR + r"transformer_ffn_layers\.(\d+)\.linear2", "predictor/layer_{0}/fc2"),
@@ -199,7 +206,9 @@ def convert(table: list[tuple], source: Mapping[str, Any], expected: Mapping[str
             result[target] = value
     problems += [f"{target}: nothing in the file fills it" for target in sorted(set(shapes) - set(result))]
     if problems:
-        raise UserError(f"the weights do not fit the network, {len(problems)} mismatches:\n  " + "\n  ".join(problems))
+        raise UserError(
+            f"the weights do not fit the network, {len(problems)} mismatches:\n  " + "\n  ".join(problems)
+        )
     return unflatten_dict(result, sep="/")
 
 

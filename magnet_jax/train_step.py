@@ -94,7 +94,9 @@ def total_loss(
 
     def forward(ids, key):
         rngs = {"dropout": key}
-        return network.model.apply({"params": params["model"]}, batch["image"], ids, text_mask, train=True, rngs=rngs)
+        return network.model.apply(
+            {"params": params["model"]}, batch["image"], ids, text_mask, train=True, rngs=rngs
+        )
 
     if config.grounding:
         masked_ids, labels = mask_words(
@@ -139,7 +141,10 @@ def maskable_words(text_mask: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    network: Network, tx: optax.GradientTransformation, config: ConfigDict, schedule: Callable[[Any], Any] | None = None
+    network: Network,
+    tx: optax.GradientTransformation,
+    config: ConfigDict,
+    schedule: Callable[[Any], Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure step `(state, batch) -> (state, metrics)`; `config` is `config.loss`, `schedule` only adds the rate to the metrics."""
 
@@ -165,7 +170,9 @@ def make_eval_step(network: Network) -> Callable[[Any, Batch], dict[str, jax.Arr
     """
 
     def eval_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
-        output = network.model.apply({"params": params["model"]}, batch["image"], batch["text_ids"], batch["text_mask"])
+        output = network.model.apply(
+            {"params": params["model"]}, batch["image"], batch["text_ids"], batch["text_mask"]
+        )
         full = resize_align_corners(output.mask_logits[..., None], batch["mask"].shape[1:])[..., 0]
         # sigmoid > 0.5 is a positive logit.
         predicted, truth = full > 0, batch["mask"] > 0

@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from magnet_jax import losses  # noqa: E402
+from magnet_jax import losses
 
 
 def loss_values(inputs, tau: float, block: int | None = None) -> dict[str, float]:
@@ -22,7 +22,9 @@ def loss_values(inputs, tau: float, block: int | None = None) -> dict[str, float
     mask = inputs["mask"].astype(np.float32)
     terms = {
         "pixel_to_pixel": losses.pixel_to_pixel(inputs["features"], foreground, weight, tau=tau, block=block),
-        "pixel_to_text": losses.pixel_to_text(inputs["features"], inputs["text"], foreground, weight, tau=tau),
+        "pixel_to_text": losses.pixel_to_text(
+            inputs["features"], inputs["text"], foreground, weight, tau=tau
+        ),
         "grounding": losses.masked_words(inputs["token_logits"], labels, weight),
         "bce": losses.binary_cross_entropy(inputs["mask_logits"], mask, weight),
         "dice": losses.dice(inputs["mask_logits"], mask, weight),

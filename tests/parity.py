@@ -21,15 +21,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flax.traverse_util import flatten_dict  # noqa: E402
+from flax.traverse_util import flatten_dict
 
-from magnet_jax import losses, pretrained  # noqa: E402
-from magnet_jax.models import MagNet  # noqa: E402
+from magnet_jax import losses, pretrained
+from magnet_jax.models import MagNet
 
 
 def generated_state_dict(manifest: dict[str, Any]) -> dict[str, np.ndarray]:
     """The weights of a manifest, by the recipe: name -> array in the published layout."""
-    embedding = r"relative_position_bias_table|embeddings|level_embed|query_feat\.weight$|query_embed\.weight$"
+    embedding = (
+        r"relative_position_bias_table|embeddings|level_embed|query_feat\.weight$|query_embed\.weight$"
+    )
     weights = {}
     for name in manifest["generated"]:
         shape = manifest["state_dict"][name]
@@ -66,7 +68,9 @@ def build(manifest: dict[str, Any], **fields: Any) -> tuple[MagNet, dict[str, An
         sys.exit(f"parity: manifest kind '{manifest['kind']}' is not supported; expected 'magnet'")
     sizes = pretrained.magnet_sizes({name: tuple(shape) for name, shape in manifest["state_dict"].items()})
     config = manifest["config"]
-    sizes["swin"].update(depths=tuple(config["depths"]), heads=tuple(config["num_heads"]), window=config["window"])
+    sizes["swin"].update(
+        depths=tuple(config["depths"]), heads=tuple(config["num_heads"]), window=config["window"]
+    )
     sizes["swin"].update(drop_path=0.0)
     sizes["bert"].update(heads=config["bert_heads"], splits=tuple(config["bert_split"]), dropout=0.0)
     model = MagNet(**sizes, fusion_heads=tuple(config["fusion_heads"]), **fields)
@@ -146,7 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     for name, error in relative_errors(manifest, reference).items():
         failed |= not error <= arguments.tolerance
-        print(f"{name:20s} {error:.2e} {'ok' if error <= arguments.tolerance else 'ABOVE ' + str(arguments.tolerance)}")
+        print(
+            f"{name:20s} {error:.2e} {'ok' if error <= arguments.tolerance else 'ABOVE ' + str(arguments.tolerance)}"
+        )
     if arguments.gradients:
         expected = json.loads(arguments.gradients.read_text())
         value, norms = gradient_norms(manifest, reference, np.asarray(expected["target"], np.float32))

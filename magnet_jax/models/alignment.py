@@ -57,7 +57,9 @@ class PixelWordAttention(nn.Module):
         key = fan_in_dense(channels, text, dtype=self.dtype, name="key")(words) * keep
         value = fan_in_dense(channels, text, dtype=self.dtype, name="value")(words) * keep
         bias = 1e4 * word_mask[:, None, None].astype(jnp.float32) - 1e4
-        language = attend(split(query), split(key), split(value), scale=channels**-0.5, bias=bias).reshape(x.shape)
+        language = attend(split(query), split(key), split(value), scale=channels**-0.5, bias=bias).reshape(
+            x.shape
+        )
         language = normalise(dense("output")(language), "output_norm")
         visual = drop(gelu(fan_in_dense(channels, channels, dtype=self.dtype, name="visual")(x)))
         return drop(gelu(fan_in_dense(channels, channels, dtype=self.dtype, name="mixed")(visual * language)))
@@ -79,7 +81,9 @@ class Gate(nn.Module):
         first = zeros if self.start == "zero" else normal
         second = normal if self.start == "normal" else zeros
         y = nn.Dense(r.shape[-1], use_bias=False, kernel_init=first, dtype=self.dtype, name="fc1")(r)
-        y = nn.Dense(r.shape[-1], use_bias=False, kernel_init=second, dtype=self.dtype, name="fc2")(self.activation(y))
+        y = nn.Dense(r.shape[-1], use_bias=False, kernel_init=second, dtype=self.dtype, name="fc2")(
+            self.activation(y)
+        )
         return jnp.tanh(y)
 
 
@@ -131,7 +135,9 @@ class ImageAlignment(nn.Module):
         if not self.pyramids:
             return r, r
         maps = [
-            Pyramid(size, self.heads, self.dropout, self.dtype, name=f"pyramid_{i}")(x, words, word_mask, train=train)
+            Pyramid(size, self.heads, self.dropout, self.dtype, name=f"pyramid_{i}")(
+                x, words, word_mask, train=train
+            )
             for i, size in enumerate(self.pyramids)
         ]
         s = nn.Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="mixer1")(

@@ -80,7 +80,9 @@ class Bert(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.embeddings = BertEmbeddings(self.vocab_size, self.hidden, self.max_positions, self.dropout, self.dtype)
+        self.embeddings = BertEmbeddings(
+            self.vocab_size, self.hidden, self.max_positions, self.dropout, self.dtype
+        )
         self.layer = [
             BertLayer(self.heads, self.intermediate, self.dropout, self.dtype) for _ in range(self.splits[-1])
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,50 +13,114 @@ import numpy as np
 
 from magnet_jax.models.layers import xavier_uniform, zeros
 
-# Below this many pixels a level is sampled by a matrix product, when the form is chosen automatically.
-DENSE_PIXELS = 1024
+# Up to this many pixels in all levels together, sampling is a matrix product when the form is chosen automatically.
+DENSE_PIXELS = 2048
+
+# Shapes of this file: value [B, S, heads, D], S pixels of all levels, level after level, row by row; x, y in pixels of
+# their own level, 0 the centre of its first one, any value (what lies outside the map is zero), and weights
+# [B, heads, Q, levels * P]; levels: (H, W) of each.
+Levels = tuple[tuple[int, int], ...]
 
 
-def sample_gather(value: jax.Array, x: jax.Array, y: jax.Array, weights: jax.Array) -> jax.Array:
-    """Weighted sum of bilinear samples, by gathering the four corners of every point: the reference form.
-
-    value [B, H, W, heads, D]; x, y [B, heads, Q, P] in pixels, 0 the centre of the first one, any value: what lies
-    outside the map is zero; weights [B, heads, Q, P] -> [B, heads, Q, D].
-    """
-    batch, height, width, heads, channels = value.shape
-    queries, points = x.shape[2:]
-    flat = value.reshape(batch, height * width, heads, channels).transpose(0, 2, 1, 3)
+def _corners(levels: Levels, points: int, x: jax.Array, y: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """Row in the S pixels and whether inside the map, of the upper left, upper right, lower left, lower right neighbour."""
+    height, width = (np.repeat([level[axis] for level in levels], points) for axis in (0, 1))
+    start = np.repeat(np.cumsum([0] + [h * w for h, w in levels])[:-1], points)
     left, top = jnp.floor(x), jnp.floor(y)
-    out = jnp.zeros((batch, heads, queries, channels), value.dtype)
+    corners = []
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
         corner_x, corner_y = left + column, top + row
-        weight = weights * (1 - jnp.abs(x - corner_x)) * (1 - jnp.abs(y - corner_y))
         inside = (corner_x >= 0) & (corner_x < width) & (corner_y >= 0) & (corner_y < height)
-        weight = jnp.where(inside, weight, 0).astype(value.dtype)
-        index = jnp.clip(corner_y, 0, height - 1) * width + jnp.clip(corner_x, 0, width - 1)
-        index = index.astype(jnp.int32).reshape(batch, heads, queries * points, 1)
-        corner = jnp.take_along_axis(flat, index, axis=2).reshape(batch, heads, queries, points, channels)
-        out += jnp.einsum("bhqp,bhqpd->bhqd", weight, corner)
+        pixel = start + jnp.clip(corner_y, 0, height - 1) * width + jnp.clip(corner_x, 0, width - 1)
+        corners.append((pixel.astype(jnp.int32), inside))
+    return corners
+
+
+def sample_gather(
+    value: jax.Array, x: jax.Array, y: jax.Array, weights: jax.Array, levels: Levels
+) -> jax.Array:
+    """Weighted sums of bilinear samples `[B, heads, Q, D]`, by gathering the four corners of every point: the reference."""
+    batch, _, heads, channels = value.shape
+    queries, samples = x.shape[2:]
+    flat = value.transpose(0, 2, 1, 3)  # [B, heads, S, D]
+    right, down = x - jnp.floor(x), y - jnp.floor(y)
+    shares = ((1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right)
+    out = jnp.zeros((batch, heads, queries, channels), value.dtype)
+    for share, (pixel, inside) in zip(shares, _corners(levels, samples // len(levels), x, y)):
+        weight = jnp.where(inside, weights * share, 0).astype(value.dtype)
+        corner = jnp.take_along_axis(flat, pixel.reshape(batch, heads, -1, 1), axis=2)
+        out += jnp.einsum(
+            "bhqp,bhqpd->bhqd", weight, corner.reshape(batch, heads, queries, samples, channels)
+        )
     return out
 
 
-def sample_dense(value: jax.Array, x: jax.Array, y: jax.Array, weights: jax.Array) -> jax.Array:
-    """The same as `sample_gather`, as one product of a [Q, H * W] matrix of hat-function weights with the values."""
-    batch, height, width, heads, channels = value.shape
-    rows = jnp.maximum(0, 1 - jnp.abs(y[..., None] - jnp.arange(height))) * weights[..., None]  # [B, heads, Q, P, H]
-    columns = jnp.maximum(0, 1 - jnp.abs(x[..., None] - jnp.arange(width)))  # [B, heads, Q, P, W]
-    matrix = sum(
-        rows[..., point, :, None] * columns[..., point, None, :] for point in range(x.shape[-1])
-    )  # [B, heads, Q, H, W]
-    matrix = matrix.reshape(batch, heads, -1, height * width).astype(value.dtype)
-    return jnp.einsum("bhqn,bnhd->bhqd", matrix, value.reshape(batch, height * width, heads, channels))
+def _hat_matrices(x: jax.Array, y: jax.Array, weights: jax.Array, levels: Levels) -> list[jax.Array]:
+    """Weight of every pixel in every query's sum, level by level: `[B, heads, Q, H * W]` each."""
+    points, matrices = x.shape[-1] // len(levels), []
+    for level, (height, width) in enumerate(levels):
+        matrix = 0
+        for point in range(level * points, (level + 1) * points):
+            rows = (
+                jnp.maximum(0, 1 - jnp.abs(y[..., point, None] - jnp.arange(height)))
+                * weights[..., point, None]
+            )
+            columns = jnp.maximum(0, 1 - jnp.abs(x[..., point, None] - jnp.arange(width)))
+            matrix += rows[..., :, None] * columns[..., None, :]
+        matrices.append(matrix.reshape(*x.shape[:-1], height * width))
+    return matrices
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def sample_dense(
+    value: jax.Array, x: jax.Array, y: jax.Array, weights: jax.Array, levels: Levels
+) -> jax.Array:
+    """The same as `sample_gather`, as products of [Q, H * W] matrices of hat-function weights with the values.
+
+    Forward and backward hold such matrices for every head; for maps of few pixels that is much faster than gathering.
+    """
+    out, start = 0, 0
+    for matrix in _hat_matrices(x, y, weights, levels):
+        stop = start + matrix.shape[-1]
+        out += jnp.einsum("bhqn,bnhd->bhqd", matrix.astype(value.dtype), value[:, start:stop])
+        start = stop
+    return out
+
+
+def _sample_dense_forward(value, x, y, weights, levels):
+    return sample_dense(value, x, y, weights, levels), (value, x, y, weights)
+
+
+def _sample_dense_backward(levels, residuals, gradient):
+    value, x, y, weights = residuals
+    value_gradient = [
+        jnp.einsum("bhqn,bhqd->bnhd", matrix.astype(value.dtype), gradient)
+        for matrix in _hat_matrices(x, y, weights, levels)
+    ]
+    # Only the corners of a point have a part in its gradient: pick these scalars out of the matrix's gradient.
+    matrix_gradient = jnp.einsum("bhqd,bnhd->bhqn", gradient, value, preferred_element_type=jnp.float32)
+    corners = _corners(levels, x.shape[-1] // len(levels), x, y)
+    picked = jnp.take_along_axis(matrix_gradient, jnp.concatenate([pixel for pixel, _ in corners], -1), -1)
+    g00, g01, g10, g11 = (
+        jnp.where(inside, part, 0) for part, (_, inside) in zip(jnp.split(picked, 4, -1), corners)
+    )
+    right, down = x - jnp.floor(x), y - jnp.floor(y)
+    upper, lower = g00 + right * (g01 - g00), g10 + right * (g11 - g10)
+    x_gradient = weights * ((1 - down) * (g01 - g00) + down * (g11 - g10))
+    y_gradient = weights * (lower - upper)
+    return jnp.concatenate(value_gradient, 1), x_gradient, y_gradient, upper + down * (lower - upper)
+
+
+sample_dense.defvjp(_sample_dense_forward, _sample_dense_backward)
 
 
 def reference_points(shapes: Sequence[tuple[int, int]]) -> np.ndarray:
     """Centres (x, y) in [0, 1] of the pixels of all levels, level after level, row by row: `[sum(H * W), 2]`."""
     points = []
     for height, width in shapes:
-        y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
+        y, x = np.meshgrid(
+            (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij"
+        )
         points.append(np.stack([x, y], -1).reshape(-1, 2))
     return np.concatenate(points).astype(np.float32)
 
@@ -73,7 +138,7 @@ class DeformableAttention(nn.Module):
     """Multi-scale deformable attention of all pixels of a pyramid on all its levels.
 
     query and source `[B, sum(H * W), C]`, shapes: (H, W) of every level -> `[B, sum(H * W), C]`.
-    `sampling` is 'gather', 'dense' or 'auto' (dense for small levels); all give the same values.
+    `sampling` is 'gather', 'dense' or 'auto' (dense for small pyramids); all give the same values.
     Source: Deformable DETR (arXiv 2010.04159); spec section 3.
     """
 
@@ -90,26 +155,27 @@ class DeformableAttention(nn.Module):
         def fan(key, shape, dtype=jnp.float32):
             return jnp.asarray(fan_bias(heads, levels, points), dtype)
 
-        value = nn.Dense(channels, kernel_init=xavier_uniform, dtype=self.dtype, name="value")(source)
-        # Positions are float32: bfloat16 would round them to whole pixels.
-        offsets = nn.Dense(heads * levels * points * 2, kernel_init=zeros, bias_init=fan, name="offsets")(
-            query.astype(jnp.float32)
-        )
-        weights = nn.Dense(heads * levels * points, kernel_init=zeros, name="weights")(query.astype(jnp.float32))
-        offsets = offsets.reshape(batch, queries, heads, levels, points, 2).transpose(0, 2, 1, 3, 4, 5)
-        weights = jax.nn.softmax(weights.reshape(batch, queries, heads, levels * points), axis=-1)
-        weights = weights.reshape(batch, queries, heads, levels, points).transpose(0, 2, 1, 3, 4)
+        def dense(features, name, dtype=self.dtype, **init):
+            return nn.Dense(features, dtype=dtype, name=name, **init)
 
-        centre = reference_points(shapes)  # [Q, 2]
-        out, start = jnp.zeros((batch, heads, queries, channels // heads), self.dtype), 0
-        for level, (height, width) in enumerate(shapes):
-            size = height * width
-            level_value = value[:, start : start + size].reshape(batch, height, width, heads, channels // heads)
-            # Offsets are in pixels of the sampled level.
-            x = (centre[:, 0] * width - 0.5)[:, None] + offsets[:, :, :, level, :, 0]
-            y = (centre[:, 1] * height - 0.5)[:, None] + offsets[:, :, :, level, :, 1]
-            dense = self.sampling == "dense" or (self.sampling == "auto" and size <= DENSE_PIXELS)
-            out += (sample_dense if dense else sample_gather)(level_value, x, y, weights[:, :, :, level])
-            start += size
+        # Positions are float32: bfloat16 would round them to whole pixels.
+        query = query.astype(jnp.float32)
+        value = dense(channels, "value", kernel_init=xavier_uniform)(source)
+        value = value.reshape(batch, queries, heads, channels // heads)
+        samples = levels * points
+        offsets = dense(heads * samples * 2, "offsets", jnp.float32, kernel_init=zeros, bias_init=fan)(query)
+        offsets = offsets.reshape(batch, queries, heads, samples, 2).transpose(4, 0, 2, 1, 3)
+        weights = dense(heads * samples, "weights", jnp.float32, kernel_init=zeros)(query)
+        weights = jax.nn.softmax(
+            weights.reshape(batch, queries, heads, samples).transpose(0, 2, 1, 3), axis=-1
+        )
+
+        # Offsets are in pixels of the level that is sampled.
+        height, width = (np.repeat([shape[axis] for shape in shapes], points) for axis in (0, 1))
+        centre = reference_points(shapes)
+        x = offsets[0] + (centre[:, :1] * width - 0.5)
+        y = offsets[1] + (centre[:, 1:] * height - 0.5)
+        dense_form = self.sampling == "dense" or (self.sampling == "auto" and queries <= DENSE_PIXELS)
+        out = (sample_dense if dense_form else sample_gather)(value, x, y, weights, tuple(map(tuple, shapes)))
         out = out.transpose(0, 2, 1, 3).reshape(batch, queries, channels)
-        return nn.Dense(channels, kernel_init=xavier_uniform, dtype=self.dtype, name="output")(out)
+        return dense(channels, "output", kernel_init=xavier_uniform)(out)

@@ -92,5 +92,7 @@ class MaskGrounding(nn.Module):
 
         x = LayerNorm(1e-12, name="head_norm")(gelu(dense(hidden, "head")(x[:, :length])))
         bias = self.param("vocabulary_bias", zeros, (word_embedding.shape[0],))
-        logits = jnp.einsum("blt,vt->blv", x, word_embedding.astype(self.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "blt,vt->blv", x, word_embedding.astype(self.dtype), preferred_element_type=jnp.float32
+        )
         return logits + bias

@@ -98,7 +98,9 @@ class DropPath(nn.Module):
     def __call__(self, x, *, train: bool):
         if not train or self.rate == 0.0:
             return x
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+        keep = jax.random.bernoulli(
+            self.make_rng("dropout"), 1.0 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1)
+        )
         return x * (keep / (1.0 - self.rate)).astype(x.dtype)
 
 
@@ -114,14 +116,14 @@ def attend(query, key, value, *, scale: float, bias=None) -> jax.Array:
     return jnp.einsum("...hqk,...khd->...qhd", weights, value)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _align_corners_matrix(size_in: int, size_out: int) -> np.ndarray:
     """[size_out, size_in] weights of linear interpolation that maps the first sample to the first, the last to the last."""
     position = np.arange(size_out) * ((size_in - 1) / max(size_out - 1, 1))
     return np.maximum(0.0, 1.0 - np.abs(position[:, None] - np.arange(size_in))).astype(np.float32)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _pool_matrix(size_in: int, size_out: int) -> np.ndarray:
     """[size_out, size_in] averaging weights of bins floor(i*n/p) .. ceil((i+1)*n/p)."""
     matrix = np.zeros((size_out, size_in), np.float32)
@@ -138,7 +140,9 @@ def _resample(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
 
 def resize_align_corners(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Bilinear resize with align_corners=True, as one matrix product per axis: `[B, H, W, C] -> [B, *size, C]`."""
-    return _resample(x, _align_corners_matrix(x.shape[1], size[0]), _align_corners_matrix(x.shape[2], size[1]))
+    return _resample(
+        x, _align_corners_matrix(x.shape[1], size[0]), _align_corners_matrix(x.shape[2], size[1])
+    )
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:

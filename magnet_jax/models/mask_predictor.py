@@ -59,7 +59,9 @@ class PredictorLayer(nn.Module):
         query = state + query_position
         y = Attention(self.heads, self.dtype, name="self_attn")(query, query, state)
         state = LayerNorm(name="self_norm")(state + y)
-        y = nn.relu(nn.Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(state))
+        y = nn.relu(
+            nn.Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(state)
+        )
         y = nn.Dense(state.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="fc2")(y)
         return LayerNorm(name="mlp_norm")(state + y)
 
@@ -83,11 +85,15 @@ class MaskPredictor(nn.Module):
         unit_normal = nn.initializers.normal(1.0)
         query = self.param("query", unit_normal, (1, channels))
         query_position = self.param("query_position", unit_normal, (1, channels)).astype(self.dtype)
-        level_embedding = self.param("level_embedding", unit_normal, (len(features), channels)).astype(self.dtype)
+        level_embedding = self.param("level_embedding", unit_normal, (len(features), channels)).astype(
+            self.dtype
+        )
         memories = [
             feature.reshape(batch, -1, channels) + level_embedding[i] for i, feature in enumerate(features)
         ]
-        positions = [jnp.asarray(sine_position(*feature.shape[1:3], channels), self.dtype) for feature in features]
+        positions = [
+            jnp.asarray(sine_position(*feature.shape[1:3], channels), self.dtype) for feature in features
+        ]
 
         norm = LayerNorm(name="norm")
         class_head = fan_in_dense(2, channels, dtype=self.dtype, name="class")

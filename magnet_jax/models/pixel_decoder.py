@@ -26,7 +26,9 @@ class PixelDecoderLayer(nn.Module):
     def __call__(self, source, position, shapes):
         attention = DeformableAttention(self.heads, self.points, self.sampling, self.dtype, name="attn")
         source = LayerNorm(name="norm1")(source + attention(source + position, source, shapes))
-        y = nn.relu(nn.Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(source))
+        y = nn.relu(
+            nn.Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(source)
+        )
         y = nn.Dense(source.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="fc2")(y)
         return LayerNorm(name="norm2")(source + y)
 
@@ -52,7 +54,9 @@ class PixelDecoder(nn.Module):
         features = features[::-1]  # coarse to fine
         shapes = [feature.shape[1:3] for feature in features]
         batch = features[0].shape[0]
-        level_embedding = self.param("level_embedding", nn.initializers.normal(1.0), (len(features), self.channels))
+        level_embedding = self.param(
+            "level_embedding", nn.initializers.normal(1.0), (len(features), self.channels)
+        )
 
         sources, positions = [], []
         for i, (feature, (height, width)) in enumerate(zip(features, shapes)):
@@ -70,7 +74,10 @@ class PixelDecoder(nn.Module):
 
         ends = np.cumsum([height * width for height, width in shapes])[:-1]
         refined = [
-            part.reshape(batch, *shape, self.channels) for part, shape in zip(jnp.split(source, ends, 1), shapes)
+            part.reshape(batch, *shape, self.channels)
+            for part, shape in zip(jnp.split(source, ends, 1), shapes)
         ]
-        mask_features = nn.Dense(self.channels, kernel_init=kaiming_uniform, dtype=self.dtype, name="mask_features")
+        mask_features = nn.Dense(
+            self.channels, kernel_init=kaiming_uniform, dtype=self.dtype, name="mask_features"
+        )
         return mask_features(refined[-1]), refined

@@ -13,7 +13,7 @@ import numpy as np
 from magnet_jax.models.layers import DropPath, LayerNorm, attend, gelu, truncated_normal
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def relative_position_index(window: int) -> np.ndarray:
     """Row of the bias table for every (query, key) of a window: `[window**2, window**2]`, d = query minus key."""
     y, x = np.divmod(np.arange(window * window), window)
@@ -21,7 +21,7 @@ def relative_position_index(window: int) -> np.ndarray:
     return (dy + window - 1) * (2 * window - 1) + dx + window - 1
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def shift_mask(height: int, width: int, window: int) -> np.ndarray:
     """Additive mask of a rolled map that keeps its nine regions apart: `[windows, window**2, window**2]`, 0 or -100."""
 
@@ -52,7 +52,9 @@ class WindowAttention(nn.Module):
         if self.shifted:
             x = jnp.roll(x, (-shift, -shift), (1, 2))
         x = x.reshape(batch, padded_height // window, window, padded_width // window, window, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, window * window, channels)  # [B, windows, pixels, C]
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(
+            batch, -1, window * window, channels
+        )  # [B, windows, pixels, C]
 
         qkv = nn.Dense(3 * channels, kernel_init=truncated_normal, dtype=self.dtype, name="qkv")(x)
         qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, channels // self.heads)
@@ -103,7 +105,9 @@ class SwinStage(nn.Module):
     @nn.compact
     def __call__(self, x, *, train: bool = False):
         for i, rate in enumerate(self.drop_paths):
-            x = SwinBlock(self.heads, self.window, i % 2 == 1, rate, self.dtype, name=f"block_{i}")(x, train=train)
+            x = SwinBlock(self.heads, self.window, i % 2 == 1, rate, self.dtype, name=f"block_{i}")(
+                x, train=train
+            )
         return x
 
 
@@ -119,7 +123,15 @@ class PatchEmbed(nn.Module):
         pad_height, pad_width = -image.shape[1] % self.patch, -image.shape[2] % self.patch
         image = jnp.pad(image.astype(self.dtype), ((0, 0), (0, pad_height), (0, pad_width), (0, 0)))
         kernel = (self.patch, self.patch)
-        x = nn.Conv(self.channels, kernel, kernel, "VALID", kernel_init=truncated_normal, dtype=self.dtype, name="proj")(image)
+        x = nn.Conv(
+            self.channels,
+            kernel,
+            kernel,
+            "VALID",
+            kernel_init=truncated_normal,
+            dtype=self.dtype,
+            name="proj",
+        )(image)
         return LayerNorm(name="norm")(x)
 
 
@@ -136,7 +148,9 @@ class PatchMerging(nn.Module):
         # Order of the published layout: the row offset varies fastest, then the column offset.
         x = x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
         x = LayerNorm(name="norm")(x)
-        dense = nn.Dense(2 * channels, use_bias=False, kernel_init=truncated_normal, dtype=self.dtype, name="reduction")
+        dense = nn.Dense(
+            2 * channels, use_bias=False, kernel_init=truncated_normal, dtype=self.dtype, name="reduction"
+        )
         return dense(x)
 
 
