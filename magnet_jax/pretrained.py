@@ -195,7 +195,7 @@ def convert(table: list[tuple], source: Mapping[str, Any], expected: Mapping[str
             problems.append(f"{name}: not a name of this layout")
             continue
         match, targets, transform = row
-        for target, part in zip(targets, np.split(np.asarray(array), len(targets))):
+        for target, part in zip(targets, np.split(np.asarray(array), len(targets)), strict=True):
             target = target.format(*match.groups())
             if target not in shapes:
                 problems.append(f"{name}: the configured network has no {target}")

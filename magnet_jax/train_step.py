@@ -134,7 +134,7 @@ def total_loss(
 
 
 def maskable_words(text_mask: jax.Array) -> jax.Array:
-    """Real words of `[CLS] words [SEP]` that Mask Grounding may hide: `[B, L]` bool, neither the first nor the last token."""
+    """Words that Mask Grounding may hide, all real tokens but the first and the last ([CLS], [SEP]): `[B, L]` bool."""
     last = text_mask.sum(-1, keepdims=True) - 1
     position = jnp.arange(text_mask.shape[-1])
     return (position > 0) & (position < last)
@@ -146,7 +146,7 @@ def make_train_step(
     config: ConfigDict,
     schedule: Callable[[Any], Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The pure step `(state, batch) -> (state, metrics)`; `config` is `config.loss`, `schedule` only adds the rate to the metrics."""
+    """The pure step `(state, batch) -> (state, metrics)`; `config` is `config.loss`, `schedule` adds its rate to the metrics."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
@@ -163,7 +163,7 @@ def make_train_step(
 
 
 def make_eval_step(network: Network) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """The pure step `(params, batch) -> outputs`: mask logits `[B, h, w]`, class logits `[B, 2]`, and intersection and union.
+    """The pure step `(params, batch) -> outputs`: mask logits `[B, h, w]`, class logits `[B, 2]`, intersection, union.
 
     Intersection and union are int32 `[B]`, pixels at the model's size against `batch['mask']` (the `squash` protocol);
     both are 0 for padded examples.

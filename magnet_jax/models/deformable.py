@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: every query samples a few points of every level of a feature pyramid (spec section 3)."""
+"""Multi-scale deformable attention: a query samples a few points of every level (spec section 3)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sample_gather(
     right, down = x - jnp.floor(x), y - jnp.floor(y)
     shares = ((1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right)
     out = jnp.zeros((batch, heads, queries, channels), value.dtype)
-    for share, (pixel, inside) in zip(shares, _corners(levels, samples // len(levels), x, y)):
+    for share, (pixel, inside) in zip(shares, _corners(levels, samples // len(levels), x, y), strict=True):
         weight = jnp.where(inside, weights * share, 0).astype(value.dtype)
         corner = jnp.take_along_axis(flat, pixel.reshape(batch, heads, -1, 1), axis=2)
         out += jnp.einsum(
@@ -102,7 +102,8 @@ def _sample_dense_backward(levels, residuals, gradient):
     corners = _corners(levels, x.shape[-1] // len(levels), x, y)
     picked = jnp.take_along_axis(matrix_gradient, jnp.concatenate([pixel for pixel, _ in corners], -1), -1)
     g00, g01, g10, g11 = (
-        jnp.where(inside, part, 0) for part, (_, inside) in zip(jnp.split(picked, 4, -1), corners)
+        jnp.where(inside, part, 0)
+        for part, (_, inside) in zip(jnp.split(picked, 4, -1), corners, strict=True)
     )
     right, down = x - jnp.floor(x), y - jnp.floor(y)
     upper, lower = g00 + right * (g01 - g00), g10 + right * (g11 - g10)

@@ -59,7 +59,7 @@ class PixelDecoder(nn.Module):
         )
 
         sources, positions = [], []
-        for i, (feature, (height, width)) in enumerate(zip(features, shapes)):
+        for i, (feature, (height, width)) in enumerate(zip(features, shapes, strict=True)):
             x = feature.reshape(batch, height * width, feature.shape[-1])
             x = nn.Dense(self.channels, kernel_init=xavier_uniform, dtype=self.dtype, name=f"input_{i}")(x)
             sources.append(GroupNorm(self.groups, name=f"input_norm_{i}")(x))
@@ -75,7 +75,7 @@ class PixelDecoder(nn.Module):
         ends = np.cumsum([height * width for height, width in shapes])[:-1]
         refined = [
             part.reshape(batch, *shape, self.channels)
-            for part, shape in zip(jnp.split(source, ends, 1), shapes)
+            for part, shape in zip(jnp.split(source, ends, 1), shapes, strict=True)
         ]
         mask_features = nn.Dense(
             self.channels, kernel_init=kaiming_uniform, dtype=self.dtype, name="mask_features"

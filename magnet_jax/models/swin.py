@@ -174,6 +174,6 @@ class Swin(nn.Module):
         self.patch_embed = PatchEmbed(self.embed_dim, self.patch, self.dtype)
         self.stage = [
             SwinStage(heads, self.window, tuple(rates[end - depth : end]), self.dtype)
-            for heads, depth, end in zip(self.heads, self.depths, ends)
+            for heads, depth, end in zip(self.heads, self.depths, ends, strict=True)
         ]
         self.merge = [PatchMerging(self.dtype) for _ in self.depths[:-1]]
