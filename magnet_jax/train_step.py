@@ -146,7 +146,7 @@ def make_train_step(
     config: ConfigDict,
     schedule: Callable[[Any], Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The pure step `(state, batch) -> (state, metrics)`; `config` is `config.loss`, `schedule` adds its rate to the metrics."""
+    """The pure step `(state, batch) -> (state, metrics)`; `config` is `config.loss`; `schedule` adds its rate."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
