@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax.models.layers import DropPath, LayerNorm, attend, gelu, truncated_normal
+from magnet_jax.models.layers import DropPath, LayerNorm, attend, gelu, sine_position, truncated_normal
 
 
 @functools.cache
@@ -112,10 +112,14 @@ class SwinStage(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to vectors; the image is zero-padded right and bottom: `[B, H, W, 3] -> [B, h, w, C]`."""
+    """Non-overlapping patches to vectors; the image is zero-padded right and bottom: `[B, H, W, 3] -> [B, h, w, C]`.
+
+    `position` adds a fixed sine embedding of where a patch is; the windows alone know only where pixels are to each other.
+    """
 
     channels: int
     patch: int = 4
+    position: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -132,7 +136,11 @@ class PatchEmbed(nn.Module):
             dtype=self.dtype,
             name="proj",
         )(image)
-        return LayerNorm(name="norm")(x)
+        x = LayerNorm(name="norm")(x)
+        if self.position:
+            height, width = x.shape[1:3]
+            x += sine_position(height, width, self.channels).reshape(height, width, -1).astype(x.dtype)
+        return x
 
 
 class PatchMerging(nn.Module):
@@ -166,12 +174,13 @@ class Swin(nn.Module):
     window: int = 12
     patch: int = 4
     drop_path: float = 0.3  # of the last block; rises linearly from 0
+    position: bool = False  # absolute position of the patches, which the published networks do without
     dtype: Any = jnp.float32
 
     def setup(self):
         rates = np.linspace(0, self.drop_path, sum(self.depths)).tolist()
         ends = np.cumsum(self.depths).tolist()
-        self.patch_embed = PatchEmbed(self.embed_dim, self.patch, self.dtype)
+        self.patch_embed = PatchEmbed(self.embed_dim, self.patch, self.position, self.dtype)
         self.stage = [
             SwinStage(heads, self.window, tuple(rates[end - depth : end]), self.dtype)
             for heads, depth, end in zip(self.heads, self.depths, ends, strict=True)
