@@ -1,0 +1,203 @@
+"""Deformable attention: both forms of sampling against loops and against each other, on one device and on two."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from magnet_jax.models.deformable import (
+    DENSE_PIXELS,
+    DeformableAttention,
+    fan_bias,
+    reference_points,
+    sample_dense,
+    sample_gather,
+)
+from magnet_jax.sharding import make_mesh
+
+LEVELS = ((1, 1), (2, 3), (5, 4))
+PIXELS, POINTS, QUERIES = 1 + 6 + 20, 2, 7
+FORMS = {"gather": sample_gather, "dense": sample_dense}
+
+
+def sampling_inputs(seed=0, spread=5.0):
+    """Points around the maps, well inside, across the border and outside, and some on pixel centres."""
+    rng = np.random.default_rng(seed)
+    value = rng.normal(size=(2, PIXELS, 2, 3))
+    x, y = rng.uniform(-spread, 4 + spread, (2, 2, 2, QUERIES, len(LEVELS) * POINTS))
+    x[:, :, ::3], y[:, :, 1::3] = np.round(x[:, :, ::3]), np.round(y[:, :, 1::3])
+    weights = rng.normal(size=x.shape)
+    return [jnp.asarray(a, jnp.float32) for a in (value, x, y, weights)]
+
+
+@functools.cache
+def value_and_gradients(form):
+    """Compiled: (value, x, y, weights) -> samples, and the gradients of a sum of them with fixed weights."""
+
+    @jax.jit
+    def both(*arrays):
+        result, pull = jax.vjp(lambda *a: FORMS[form](*a, LEVELS), *arrays)
+        return result, pull(jnp.cos(jnp.arange(result.size, dtype=jnp.float32)).reshape(result.shape))
+
+    return both
+
+
+def sampled_by_loops(value, x, y, weights):
+    value, x, y, weights = (np.asarray(a, np.float64) for a in (value, x, y, weights))
+    out = np.zeros((*x.shape[:3], value.shape[-1]))
+    starts = np.cumsum([0] + [h * w for h, w in LEVELS])
+    for b, h, q, sample in np.ndindex(*x.shape):
+        level = sample // POINTS
+        height, width = LEVELS[level]
+        px, py = x[b, h, q, sample], y[b, h, q, sample]
+        for row in (int(np.floor(py)), int(np.floor(py)) + 1):
+            for column in (int(np.floor(px)), int(np.floor(px)) + 1):
+                if 0 <= row < height and 0 <= column < width:
+                    share = (1 - abs(py - row)) * (1 - abs(px - column)) * weights[b, h, q, sample]
+                    out[b, h, q] += share * value[b, starts[level] + row * width + column, h]
+    return out
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+def test_sampling_equals_loops(form, spread):
+    inputs = sampling_inputs(1, spread)
+    result = jax.jit(FORMS[form], static_argnums=4)(*inputs, LEVELS)
+    np.testing.assert_allclose(result, sampled_by_loops(*inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_points_far_outside_see_nothing(form):
+    value, x, y, weights = sampling_inputs(2)
+    sign = jnp.where(jnp.arange(x.shape[-1]) % 2 == 0, 1.0, -1.0)
+    for far_x, far_y in ((x + 1e6 * sign, y), (x, y + 1e6 * sign), (x - 3e9, y + 3e9)):
+        result, gradients = value_and_gradients(form)(value, far_x, far_y, weights)
+        assert (np.asarray(result) == 0).all()
+        for gradient in gradients:
+            assert (np.asarray(gradient) == 0).all()
+
+
+def test_dense_and_gather_have_the_same_gradients():
+    inputs = sampling_inputs(3, 2.0)
+    pairs = zip(*(value_and_gradients(form)(*inputs)[1] for form in FORMS), strict=True)
+    for name, (gather, dense) in zip(("value", "x", "y", "weights"), pairs, strict=True):
+        assert np.abs(gather).max() > 0.1, name
+        np.testing.assert_allclose(dense, gather, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_slopes(form):
+    """Against differences of the loops, along a random direction, away from pixel centres where there is a kink."""
+    value, x, y, weights = sampling_inputs(5, 1.0)
+    x, y = (np.floor(a) + 0.2 + 0.6 * (a - np.floor(a)) for a in (x, y))
+    result, gradients = value_and_gradients(form)(value, x, y, weights)
+    target = np.cos(np.arange(result.size)).reshape(result.shape)
+    inputs = [np.asarray(a, np.float64) for a in (value, x, y, weights)]
+    rng = np.random.default_rng(6)
+    for i, gradient in enumerate(gradients):
+        direction = rng.normal(size=gradient.shape)
+        ends = []
+        for sign in (1, -1):
+            moved = list(inputs)
+            moved[i] = moved[i] + sign * 1e-3 * direction
+            ends.append((sampled_by_loops(*moved) * target).sum())
+        slope = (ends[0] - ends[1]) / 2e-3
+        assert (np.asarray(gradient) * direction).sum() == pytest.approx(slope, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_devices_equal_one(form):
+    inputs = sampling_inputs(7)
+    split = jax.NamedSharding(make_mesh((("data", -1),)), PartitionSpec("data"))
+    alone = value_and_gradients(form)(*inputs)
+    both = value_and_gradients(form)(*jax.device_put(inputs, split))
+    assert len(both[0].sharding.device_set) == 2
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(both), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_fan_of_initial_offsets():
+    fan = fan_bias(8, 3, 4).reshape(8, 3, 4, 2)
+    directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    for head, direction in enumerate(directions):
+        for level in range(3):
+            for point in range(4):
+                expected = np.array(direction) * (point + 1)
+                np.testing.assert_allclose(fan[head, level, point], expected, atol=1e-6)
+    # Heads in between: the larger part is the number of the point.
+    np.testing.assert_allclose(np.abs(fan_bias(5, 1, 3).reshape(5, 3, 2)).max(-1), [[1, 2, 3]] * 5, atol=1e-6)
+
+
+def test_reference_points():
+    points = reference_points([(1, 2), (2, 1)])
+    np.testing.assert_allclose(points, [[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]])
+
+
+def module_inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    query, source = rng.normal(size=(2, 2, PIXELS, 4)).astype(np.float32)
+    module = DeformableAttention(heads=2, points=POINTS, sampling="gather")
+    params = jax.tree.map(
+        lambda s: (0.7 * rng.normal(size=s.shape)).astype(np.float32),
+        jax.eval_shape(lambda k: module.init(k, query, source, LEVELS), jax.random.key(0)),
+    )
+    return module, params, query, source
+
+
+def test_attention_written_out():
+    module, params, query, source = module_inputs()
+    p = params["params"]
+
+    def linear(x, name):
+        return x @ p[name]["kernel"] + p[name]["bias"]
+
+    value = linear(source, "value").reshape(2, PIXELS, 2, 2)
+    offsets = linear(query, "offsets").reshape(2, PIXELS, 2, len(LEVELS), POINTS, 2)
+    logits = linear(query, "weights").reshape(2, PIXELS, 2, len(LEVELS) * POINTS)
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    x, y = np.zeros((2, 2, 2, PIXELS, len(LEVELS) * POINTS))
+    centres = [
+        ((column + 0.5) / width, (row + 0.5) / height)
+        for height, width in LEVELS
+        for row in range(height)
+        for column in range(width)
+    ]
+    for b, q, h, level, point in np.ndindex(2, PIXELS, 2, len(LEVELS), POINTS):
+        height, width = LEVELS[level]
+        # As said in the spec: the offset divided by the level's size, in image coordinates, then to its pixels.
+        image_x = centres[q][0] + offsets[b, q, h, level, point, 0] / width
+        image_y = centres[q][1] + offsets[b, q, h, level, point, 1] / height
+        x[b, h, q, level * POINTS + point] = image_x * width - 0.5
+        y[b, h, q, level * POINTS + point] = image_y * height - 0.5
+    sampled = sampled_by_loops(value, x, y, weights.transpose(0, 2, 1, 3))
+    expected = linear(sampled.transpose(0, 2, 1, 3).reshape(2, PIXELS, 4), "output")
+    for sampling in ("gather", "dense", "auto"):
+        apply = jax.jit(module.clone(sampling=sampling).apply, static_argnums=3)
+        result = apply(params, query, source, LEVELS)
+        np.testing.assert_allclose(result, expected, atol=2e-5, err_msg=sampling)
+
+
+def test_attention_starts_uniform_with_the_fan():
+    module, _, query, source = module_inputs()
+    params = module.init(jax.random.key(0), query, source, LEVELS)["params"]
+    for name in ("offsets", "weights"):
+        assert (np.asarray(params[name]["kernel"]) == 0).all()
+    np.testing.assert_array_equal(params["offsets"]["bias"], fan_bias(2, len(LEVELS), POINTS))
+    for name in ("weights", "value", "output"):
+        assert (np.asarray(params[name]["bias"]) == 0).all()
+
+
+def test_automatic_choice_depends_on_the_number_of_pixels():
+    module = DeformableAttention(heads=1, points=1)
+
+    def uses_gather(pixels):
+        levels = ((pixels, 1),)
+        x = jax.ShapeDtypeStruct((1, pixels, 2), jnp.float32)
+        jaxpr = jax.make_jaxpr(lambda x: module.init_with_output(jax.random.key(0), x, x, levels)[0])(x)
+        return "gather" in str(jaxpr)
+
+    assert not uses_gather(DENSE_PIXELS)
+    assert uses_gather(DENSE_PIXELS + 1)

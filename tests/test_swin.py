@@ -1,0 +1,159 @@
+"""Swin: windows, shifts, padding and merging against loops over single pixels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magnet_jax.models.layers import DropPath
+from magnet_jax.models.swin import (
+    PatchEmbed,
+    PatchMerging,
+    Swin,
+    WindowAttention,
+    relative_position_index,
+    shift_mask,
+)
+
+
+def random_params(rng, module, *inputs):
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
+
+
+def layer_norm(x, params, epsilon=1e-5):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * params["scale"] + params["bias"]
+
+
+@pytest.mark.parametrize("window", [2, 3, 4])
+def test_relative_position_index(window):
+    index = relative_position_index(window)
+    assert index.shape == (window**2, window**2)
+    for query in range(window**2):
+        for key in range(window**2):
+            dy, dx = query // window - key // window, query % window - key % window
+            assert index[query, key] == (dy + window - 1) * (2 * window - 1) + dx + window - 1
+    assert set(index.ravel()) == set(range((2 * window - 1) ** 2))
+
+
+# (4, 4, 4): a single window, which is cut as well.
+@pytest.mark.parametrize(("height", "width", "window"), [(8, 12, 4), (4, 4, 4), (6, 3, 3), (10, 5, 5)])
+def test_shift_mask(height, width, window):
+    shift = window // 2
+    region, count = np.zeros((height, width), int), 0
+    for rows in (slice(0, -window), slice(-window, -shift), slice(-shift, None)):
+        for columns in (slice(0, -window), slice(-window, -shift), slice(-shift, None)):
+            region[rows, columns] = count
+            count += 1
+    mask = shift_mask(height, width, window)
+    assert mask.shape == (height // window * (width // window), window**2, window**2)
+    for number, values in enumerate(mask):
+        y, x = number // (width // window) * window, number % (width // window) * window
+        for a in range(window**2):
+            for b in range(window**2):
+                same = region[y + a // window, x + a % window] == region[y + b // window, x + b % window]
+                assert values[a, b] == (0 if same else -100)
+    assert (mask[-1] == -100).any()
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("size", [(5, 7), (3, 4)])
+def test_window_attention_pixel_by_pixel(shifted, size):
+    """Padding takes part as a zero pixel; a pixel sees those of its window and, if shifted, of its region."""
+    rng = np.random.default_rng(0)
+    (height, width), window, heads, channels = size, 4, 2, 4
+    x = rng.normal(size=(1, height, width, channels)).astype(np.float32)
+    module = WindowAttention(heads, window, shifted)
+    params = random_params(rng, module, x)
+    p = params["params"]
+    padded_height, padded_width = -(-height // window) * window, -(-width // window) * window
+    shift = window // 2 if shifted else 0
+    padded = np.zeros((padded_height, padded_width, channels))
+    padded[:height, :width] = x[0]
+    qkv = (padded @ p["qkv"]["kernel"] + p["qkv"]["bias"]).reshape(padded_height, padded_width, 3, heads, -1)
+    expected = np.zeros((height, width, channels))
+
+    def rolled(y, x):
+        return (y - shift) % padded_height, (x - shift) % padded_width
+
+    for y in range(height):
+        for x_ in range(width):
+            own_y, own_x = rolled(y, x_)
+            logits, values = [], []
+            for key_y in range(padded_height):
+                for key_x in range(padded_width):
+                    other_y, other_x = rolled(key_y, key_x)
+                    if own_y // window != other_y // window or own_x // window != other_x // window:
+                        continue
+                    # Neighbours in a rolled window that are no neighbours in the map.
+                    apart = (key_y - y, key_x - x_) != (other_y - own_y, other_x - own_x)
+                    bias = p["relative_position_bias"].reshape(2 * window - 1, 2 * window - 1, heads)[
+                        own_y - other_y + window - 1, own_x - other_x + window - 1
+                    ]
+                    scores = (qkv[y, x_, 0] * qkv[key_y, key_x, 1]).sum(-1) * (channels // heads) ** -0.5
+                    logits.append(scores + bias - 100.0 * apart)
+                    values.append(qkv[key_y, key_x, 2])
+            weights = np.exp(np.array(logits) - np.max(logits, 0))
+            weights /= weights.sum(0)
+            mixed = (weights[..., None] * np.array(values)).sum(0).reshape(-1)
+            expected[y, x_] = mixed @ p["proj"]["kernel"] + p["proj"]["bias"]
+    np.testing.assert_allclose(jax.jit(module.apply)(params, x)[0], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (3, 5)])
+def test_patch_merging_order_and_padding(size):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(2, *size, 3)).astype(np.float32)
+    params = random_params(rng, PatchMerging(), x)
+    p = params["params"]
+    padded = np.zeros((2, -(-size[0] // 2) * 2, -(-size[1] // 2) * 2, 3))
+    padded[:, : size[0], : size[1]] = x
+    quarters = [padded[:, dy::2, dx::2] for dy, dx in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    expected = layer_norm(np.concatenate(quarters, -1), p["norm"]) @ p["reduction"]["kernel"]
+    np.testing.assert_allclose(PatchMerging().apply(params, x), expected, atol=1e-5)
+
+
+def test_patches_are_padded_right_and_bottom():
+    rng = np.random.default_rng(2)
+    image = rng.normal(size=(1, 6, 9, 3)).astype(np.float32)
+    module = PatchEmbed(5)
+    params = random_params(rng, module, image)
+    p = params["params"]
+    padded = np.zeros((8, 12, 3))
+    padded[:6, :9] = image[0]
+    expected = np.zeros((2, 3, 5))
+    for y in range(2):
+        for x in range(3):
+            patch = padded[4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+            expected[y, x] = np.einsum("hwc,hwcd->d", patch, p["proj"]["kernel"]) + p["proj"]["bias"]
+    np.testing.assert_allclose(module.apply(params, image)[0], layer_norm(expected, p["norm"]), atol=1e-5)
+
+
+def test_every_second_block_is_shifted_and_drop_path_rises():
+    swin = Swin(embed_dim=4, depths=(2, 1, 3, 1), heads=(1, 1, 1, 1), window=2, drop_path=0.3)
+    stages = swin.bind({}).stage
+    rates = [rate for stage in stages for rate in stage.drop_paths]
+    np.testing.assert_allclose(rates, np.arange(7) * 0.05)
+    assert [len(stage.drop_paths) for stage in stages] == [2, 1, 3, 1]
+    # Shifted blocks see across the border of windows, unshifted ones do not.
+    x = np.random.default_rng(3).normal(size=(1, 4, 4, 4)).astype(np.float32)
+    for blocks, expected in ((1, False), (2, True)):
+        stage = (
+            Swin(embed_dim=4, depths=(blocks, 1, 1, 1), heads=(1,) * 4, window=2).bind({}).stage[0].clone()
+        )
+        params = random_params(np.random.default_rng(4), stage, x)
+        changed = np.asarray(stage.apply(params, x)) != np.asarray(
+            stage.apply(params, x + (np.arange(4) > 1)[:, None])
+        )
+        assert changed[0, :, :2].any() == expected
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    x = jnp.ones((4000, 2, 3))
+    y = np.asarray(DropPath(0.25).apply({}, x, train=True, rngs={"dropout": jax.random.key(0)}))
+    assert ((y == y[:, :1, :1]).all((1, 2))).all()
+    np.testing.assert_allclose(np.unique(y), [0, 1 / 0.75], rtol=1e-6)
+    assert abs(y.mean() - 1) < 0.03
+    assert (DropPath(0.25).apply({}, x, train=False) == x).all()
+    assert (DropPath(0.0).apply({}, x, train=True) == x).all()
