@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magnet_jax.models.layers import DropPath
+from magnet_jax.models.layers import DropPath, sine_position
 from magnet_jax.models.swin import (
     PatchEmbed,
     PatchMerging,
@@ -128,6 +128,19 @@ def test_patches_are_padded_right_and_bottom():
             patch = padded[4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
             expected[y, x] = np.einsum("hwc,hwcd->d", patch, p["proj"]["kernel"]) + p["proj"]["bias"]
     np.testing.assert_allclose(module.apply(params, image)[0], layer_norm(expected, p["norm"]), atol=1e-5)
+
+
+def test_absolute_position_is_added_to_the_patches():
+    rng = np.random.default_rng(5)
+    image = rng.normal(size=(1, 8, 12, 3)).astype(np.float32)
+    params = random_params(rng, PatchEmbed(8), image)
+    plain = PatchEmbed(8).apply(params, image)
+    placed = (
+        Swin(embed_dim=8, position=True)
+        .bind({"params": {"patch_embed": params["params"]}})
+        .patch_embed(image)
+    )
+    np.testing.assert_allclose(placed[0] - plain[0], sine_position(2, 3, 8).reshape(2, 3, 8), atol=1e-5)
 
 
 def test_every_second_block_is_shifted_and_drop_path_rises():
