@@ -84,6 +84,7 @@ def get_config() -> ConfigDict:
     loss.grounding = 1.0  # Mask Grounding.
     loss.mask_ratio = 0.15  # Share of words that are masked,
     loss.mask_at_least_one = True  # but never none of a sentence.
+    loss.mask_sentences = 1.0  # Share of the sentences in which words are masked; the others stay whole.
     loss.mask_keep = 0.1  # Share of these that stay as they are instead of becoming [MASK].
     loss.mask_id = -1  # Id of [MASK]; -1: the tokenizer's.
     loss.grounding_shared_pass = (

@@ -107,6 +107,7 @@ def total_loss(
             ratio=config.mask_ratio,
             keep=config.mask_keep,
             at_least_one=config.mask_at_least_one,
+            sentences=config.mask_sentences,
         )
         grounded = forward(masked_ids, dropout_key)
         output = grounded if config.grounding_shared_pass else forward(ids, clean_key)

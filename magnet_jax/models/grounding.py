@@ -24,14 +24,17 @@ def mask_words(
     ratio: float = 0.15,
     keep: float = 0.1,
     at_least_one: bool = True,
+    sentences: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Selects words at random and replaces most of them by [MASK].
 
     ids `[B, L]`; maskable `[B, L]` bool: real words, never [CLS], [SEP] or padding. Every maskable word is selected with
     probability `ratio`; where that selects none, one is drawn uniformly if `at_least_one`. A share `keep` of the
-    selected words stays as it is. Returns (masked ids `[B, L]`, labels `[B, L]`: the id where selected, else -1).
+    selected words stays as it is. A share `sentences` of the sentences takes part, the others stay whole. Returns (masked ids `[B, L]`, labels `[B, L]`: the id where selected, else -1).
     """
-    select_key, fallback_key, keep_key = jax.random.split(key, 3)
+    select_key, fallback_key, keep_key, sentence_key = jax.random.split(key, 4)
+    if sentences < 1:
+        maskable &= jax.random.bernoulli(sentence_key, sentences, (ids.shape[0], 1))
     selected = maskable & jax.random.bernoulli(select_key, ratio, ids.shape)
     if at_least_one:
         draw = jnp.where(maskable, jax.random.uniform(fallback_key, ids.shape), -1.0)
