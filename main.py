@@ -101,9 +101,10 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def fail(code: int, line: str) -> None:
-    """Ends the program with one line on stderr."""
+    """Ends the program with one line on stderr, at once: threads of a save that failed would go on to say the same."""
+    sys.stdout.flush()
     print(f"error: {line}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    os._exit(code)
 
 
 if __name__ == "__main__":

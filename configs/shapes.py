@@ -13,7 +13,6 @@ def get_config() -> ConfigDict:
     c = common.get_config()
     c.data.options.image_size = c.data.image_size = 64
     c.data.options.scenes = {"train": 12000, "val": 150, "testA": 150, "testB": 75, "rare": 150}
-    c.data.max_words = 18
     c.data.sentences = "all"
     c.data.batch_size = 16
 
@@ -48,7 +47,7 @@ def small_network(c: ConfigDict) -> None:
     )
     swin.position = True  # From scratch, places and order are hardly learnt without.
     bert.hidden, bert.heads, bert.intermediate, bert.splits = 64, 4, 128, (1, 2, 3, 4)
-    bert.max_positions, bert.dropout = 32, 0.0
+    bert.max_positions, bert.dropout = 20, 0.0
     decoder.channels, decoder.layers, decoder.heads, decoder.points = 64, 1, 2, 2
     decoder.feedforward, decoder.groups = 128, 8
     predictor.layers, predictor.heads, predictor.feedforward = 3, 4, 128

@@ -111,7 +111,9 @@ class Evaluator:
 
     def _prepare(self, split: str, examples: int) -> tuple[Records, Loader]:
         config = self.config
-        records = input_pipeline.load(config.data.source, split, seed=config.data.seed, **config.data.options)
+        records = input_pipeline.load(
+            config.data.source, split, seed=config.data.seed, **config.data.options.to_dict()
+        )
         if not len(records):
             raise UserError(
                 f"split '{split}' of data source '{config.data.source}' is empty; name another one"
@@ -227,7 +229,7 @@ def _over_processes(tree):
 
 
 def table(results: dict[str, dict]) -> str:
-    """Results of several splits as text: one row per split and protocol, then one per expression type with its floor."""
+    """Results of several splits as text: a row per protocol, then per expression type the first protocol and its floor."""
     lines = []
     for split, result in results.items():
         protocols = [name for name in result if name in PROTOCOLS]
@@ -239,7 +241,7 @@ def table(results: dict[str, dict]) -> str:
             lines.append(
                 f"{split:<8}{'constant':<10}oIoU {_cell(result['constant_mask']['oIoU'])}  (best constant mask)"
             )
-        for protocol in protocols:
+        for protocol in protocols[:1]:
             floors = result.get("shuffled_text", {}).get(protocol)
             if floors is None and not result[protocol]["types"]:
                 continue

@@ -12,7 +12,10 @@ def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def area_reduce(mask: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Share of every cell that the mask covers: `[B, H, W] -> [B, *size]` float32, also where size does not divide H, W."""
+    """Means over cells that cover the map: `[B, H, W, ...] -> [B, *size, ...]` float32; size need not divide H, W.
+
+    Of a mask it is the share of every cell that the mask covers.
+    """
 
     def overlap(size_in, size_out):
         edge = jnp.arange(size_out + 1) * (size_in / size_out)
@@ -23,7 +26,7 @@ def area_reduce(mask: jax.Array, size: tuple[int, int]) -> jax.Array:
     if mask.shape[1:] == tuple(size):
         return mask.astype(jnp.float32)
     rows, columns = overlap(mask.shape[1], size[0]), overlap(mask.shape[2], size[1])
-    return jnp.einsum("yh,bhw,xw->byx", rows, mask.astype(jnp.float32), columns)
+    return jnp.einsum("yh,bhw...,xw->byx...", rows, mask.astype(jnp.float32), columns)
 
 
 def binary_cross_entropy(logits: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:

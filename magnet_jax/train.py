@@ -49,7 +49,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         tokenizer.save(workdir / "tokenizer")
         run_files.save_config(workdir, config)  # Last: its presence says that the directory holds a run.
     records = input_pipeline.load(
-        config.data.source, config.data.train_split, seed=config.data.seed, **config.data.options
+        config.data.source, config.data.train_split, seed=config.data.seed, **config.data.options.to_dict()
     )
     loader = Loader(
         records,
@@ -204,8 +204,8 @@ def best_score(results: dict, config: ConfigDict) -> float:
 
 
 def write_panels(log: Log, workdir: Path, step: int, split: str, pictures: list) -> None:
-    """Pictures into `panels/step_N/` and TensorBoard."""
-    if not log.active:
+    """Pictures into `panels/step_N/`, one by one and on one sheet, and into TensorBoard."""
+    if not log.active or not pictures:
         return
     images = {
         f"{split}_{i}": visualize.panel(p.image, p.text, p.truth, p.prediction)
@@ -215,6 +215,10 @@ def write_panels(log: Log, workdir: Path, step: int, split: str, pictures: list)
         run_files.write_atomically(
             workdir / "panels" / f"step_{step}" / f"{name}.png", visualize.encode_png(image)
         )
+    everything = visualize.sheet(list(images.values()))
+    run_files.write_atomically(
+        workdir / "panels" / f"step_{step}" / f"{split}.png", visualize.encode_png(everything)
+    )
     log.images(step, {f"panels/{name}": image for name, image in images.items()})
 
 

@@ -67,17 +67,11 @@ def segmentation_losses(output: Output, batch: Batch, config: ConfigDict) -> dic
 
 def alignment_losses(output: Output, batch: Batch, config: ConfigDict) -> dict[str, jax.Array]:
     """Pixel-to-pixel and pixel-to-text contrast at the configured stride (spec section 6)."""
-    batch_size, height, width, channels = output.mask_features.shape
-    image_height = batch["mask"].shape[1]
-    size = image_height // config.alignment_stride, batch["mask"].shape[2] // config.alignment_stride
-    # Feature maps are reduced by averaging, like the mask by area.
-    factor = round(config.alignment_stride * height / image_height)
-    features = output.mask_features
-    if factor > 1:
-        features = features[:, : size[0] * factor, : size[1] * factor].astype(jnp.float32)
-        features = features.reshape(batch_size, size[0], factor, size[1], factor, channels).mean((2, 4))
-    features = features.reshape(batch_size, -1, channels)
-    foreground = losses.area_reduce(batch["mask"], size).reshape(batch_size, -1) > 0.5
+    # Mask and features are averaged over the same cells, which cover the image.
+    size = tuple(max(side // config.alignment_stride, 1) for side in batch["mask"].shape[1:])
+    features = losses.area_reduce(output.mask_features, size)
+    features = features.reshape(*features.shape[:1], -1, features.shape[-1])
+    foreground = losses.area_reduce(batch["mask"], size).reshape(features.shape[:2]) > 0.5
     weight = batch["valid"].astype(jnp.float32)
     block = config.alignment_block or None
     pixel = losses.pixel_to_pixel(features, foreground, weight, tau=config.tau_pixel, block=block)
@@ -130,7 +124,7 @@ def total_loss(
         )
         weight = batch["valid"].astype(jnp.float32)
         terms["grounding"] = config.grounding * losses.masked_words(logits, labels, weight)
-    loss = sum(terms.values())
+    loss = sum(terms.values(), jnp.zeros(()))
     return loss, {"loss": loss} | {f"loss/{name}": term for name, term in terms.items()}
 
 

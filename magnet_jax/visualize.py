@@ -45,6 +45,17 @@ def panel(
     return np.asarray(canvas)
 
 
+def sheet(panels: Sequence[np.ndarray], columns: int = 2) -> np.ndarray:
+    """Panels uint8 [h, w, 3] in rows of `columns`, in order, on one uint8 image."""
+    height, width = (max(panel.shape[axis] for panel in panels) for axis in (0, 1))
+    columns = min(columns, len(panels))
+    canvas = np.full((-(-len(panels) // columns) * height, columns * width, 3), 255, np.uint8)
+    for i, panel in enumerate(panels):
+        top, left = i // columns * height, i % columns * width
+        canvas[top : top + panel.shape[0], left : left + panel.shape[1]] = panel
+    return canvas
+
+
 def encode_png(image: np.ndarray) -> bytes:
     """PNG bytes of a uint8 image [H, W, 3] or mask [H, W]."""
     buffer = BytesIO()

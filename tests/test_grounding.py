@@ -65,6 +65,12 @@ def test_options_of_masking():
     masked, labels = mask_words(jax.random.key(0), ids, maskable, MASK, ratio=0.0, at_least_one=False)
     assert (np.asarray(labels) == -1).all()
     assert (masked == ids).all()
+    # A share of the sentences takes part, whole; the others stay as they are.
+    masked, labels = mask_words(jax.random.key(0), ids, maskable, MASK, ratio=1.0, sentences=0.25)
+    takes_part = (np.asarray(labels) >= 0).any(1)
+    assert ((np.asarray(labels) >= 0) == (np.asarray(maskable) & takes_part[:, None])).all()
+    assert takes_part.mean() == pytest.approx(0.25, abs=0.08)
+    assert (masked[~takes_part] == ids[~takes_part]).all()
     # A sentence without words, such as a padded example.
     nothing = jnp.zeros_like(maskable)
     masked, labels = mask_words(jax.random.key(0), ids, nothing, MASK)

@@ -177,6 +177,13 @@ def test_a_weight_of_zero_removes_the_term_and_its_computation(params, everythin
     assert flops < lower(loss_config())[0]
 
 
+def test_all_terms_may_be_off(params):
+    config = loss_config(bce=0.0, dice=0.0, class_=0.0, grounding=0.0, alignment=0.0)
+    metrics, gradient = evaluate(params, config)
+    assert metrics == {"loss": 0.0}
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
 def test_terms_are_proportional_to_their_weights(params, everything):
     weights = {switch: 2.5 * loss_config()[switch] for switch in TERMS}
     metrics, _ = evaluate(params, loss_config(**weights))
@@ -232,15 +239,21 @@ def test_segmentation_terms_written_out(params, full_resolution):
     assert metrics["loss/class"] == pytest.approx(-2 * chosen.mean(), rel=1e-4)
 
 
-@pytest.mark.parametrize(("stride", "block"), [(8, 0), (4, 0), (8, 5)])
+def cells(x, n):
+    """Means over n x n cells, every pixel cut into n x n so that cells consist of whole ones."""
+    x = x.repeat(n, 1).repeat(n, 2)
+    side = x.shape[1] // n
+    return x.reshape(x.shape[0], n, side, n, side, *x.shape[3:]).mean((2, 4))
+
+
+@pytest.mark.parametrize(("stride", "block"), [(8, 0), (4, 0), (8, 5), (2, 0), (12, 0)])
 def test_alignment_terms_written_out(params, stride, block):
     options = dict(alignment_stride=stride, alignment_block=block, tau_pixel=0.2, tau_text=0.3)
     metrics, _ = evaluate(params, loss_config(alignment=1.5, grounding=0.0, **options))
     output = output_of(params)
-    n, cell = SIDE // stride, stride // 4
-    features = np.asarray(output.mask_features).reshape(4, n, cell, n, cell, -1).mean((2, 4))
-    features = features.reshape(4, n * n, -1)
-    foreground = reduced(BATCH["mask"], stride).reshape(4, -1) > 0.5
+    n = SIDE // stride  # Cells a side, which cover the image whether or not the stride divides it.
+    features = cells(np.asarray(output.mask_features), n).reshape(4, n * n, -1)
+    foreground = cells(BATCH["mask"], n).reshape(4, -1) > 0.5
     weight = np.ones(4, np.float32)
     pixel = losses.pixel_to_pixel(features, foreground, weight, tau=0.2)
     text = losses.pixel_to_text(features, output.text_embedding, foreground, weight, tau=0.3)

@@ -30,7 +30,8 @@ def mask_words(
 
     ids `[B, L]`; maskable `[B, L]` bool: real words, never [CLS], [SEP] or padding. Every maskable word is selected with
     probability `ratio`; where that selects none, one is drawn uniformly if `at_least_one`. A share `keep` of the
-    selected words stays as it is. A share `sentences` of the sentences takes part, the others stay whole. Returns (masked ids `[B, L]`, labels `[B, L]`: the id where selected, else -1).
+    selected words stays as it is. A share `sentences` of the sentences takes part, the others stay whole. Returns
+    (masked ids `[B, L]`, labels `[B, L]`: the id where selected, else -1).
     """
     select_key, fallback_key, keep_key, sentence_key = jax.random.split(key, 4)
     if sentences < 1:
