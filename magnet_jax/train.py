@@ -1,5 +1,6 @@
 """Training: one function, read from top to bottom."""
 
+import contextlib
 import functools
 import math
 import signal
@@ -100,7 +101,6 @@ def train(config: ConfigDict, workdir: str) -> dict:
     elif total_steps:
         log.say("compiling the train step (some 10 s to some minutes, by size) ...")
     loader.start_step = start_step
-    batches = prefetch_to_device(iter(loader), batch_sharding(mesh))
     best = checkpointer.best_score()
     stop = _StopSignal()
     unread = []  # Metrics of the steps since the last log line, still on the device.
@@ -129,7 +129,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
             step, state, {"config": config.to_json(), "examples_seen": step * config.data.batch_size}, score
         )
 
-    with stop:
+    with stop, contextlib.closing(iter(loader)) as host_batches:
+        batches = prefetch_to_device(host_batches, batch_sharding(mesh))
         for step in range(start_step + 1, total_steps + 1):
             state, metrics = train_step(state, next(batches))
             unread.append((step, metrics))
