@@ -94,7 +94,10 @@ def parse(argv: list[str]) -> list[str]:
     except OSError as error:
         fail(2, f"--config: {str(error).strip().splitlines()[-1].strip()}")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        fail(2, " ".join(str(error).split()))
+        while error.args and isinstance(error.args[0], Exception):  # The libraries wrap one in another,
+            error = error.args[0]
+        # and a KeyError shows its message quoted, with the line breaks spelled out.
+        fail(2, " ".join(str(error.args[0] if error.args else error).split()))
     if rest[1:]:
         fail(2, f"'{rest[1]}' is not a flag; expected --name=value")
     return rest
