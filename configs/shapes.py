@@ -12,11 +12,13 @@ def get_config() -> ConfigDict:
     """A small MagNet on pictures of shapes."""
     c = common.get_config()
     c.data.options.image_size = c.data.image_size = 64
-    c.data.options.scenes = {"train": 12000, "val": 150, "testA": 150, "testB": 75, "rare": 150}
+    c.data.options.scenes = {"train": 8000, "val": 150, "testA": 100, "testB": 50, "rare": 100}
     c.data.sentences = "all"
     c.data.batch_size = 16
 
     small_network(c)
+    # At stride 4 the best mask of so small a picture would reach 74 % mIoU, at full resolution 91 %.
+    c.loss.full_resolution = True
     # In so few steps the auxiliary losses cost more time than they bring.
     c.loss.grounding = c.loss.alignment = 0.0
 
@@ -24,12 +26,15 @@ def get_config() -> ConfigDict:
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_steps = 200
     c.optimizer.flatten = True
-    c.train.steps = 2400
+    # Adam moves a value by no more than the learning rate in a step: too little, in so few, for tables that tell
+    # neighbours apart and for gates that start closed.
+    c.optimizer.lr_multipliers = (("relative_position_bias", 20.0), ("_gate_", 10.0))
+    c.train.steps = 2600
     c.train.log_every = 100
-    c.train.eval_every = 1200
+    c.train.eval_every = 1300
     c.eval.monitor_examples = 320
     c.data.eval_splits = ("val", "testA", "testB", "rare")
-    c.checkpoint.every_steps = 1200
+    c.checkpoint.every_steps = 1300
     return c
 
 
@@ -37,6 +42,7 @@ def small_network(c: ConfigDict) -> None:
     """Every part of the network, small enough to be trained from nothing on two cores."""
     model = c.model
     model.pyramids = (1, 3)
+    model.fusion_heads = (2, 2, 4, 4)
     swin, bert, decoder, predictor = model.swin, model.bert, model.pixel_decoder, model.mask_predictor
     swin.embed_dim, swin.depths, swin.heads, swin.window, swin.drop_path = (
         24,

@@ -1,0 +1,24 @@
+"""The built-in data set for an hour on a CPU: the small network of `configs/shapes.py` with more pixels and channels.
+
+python main.py --config=configs/shapes_hour.py --workdir=runs/shapes_hour        2 CPU cores
+"""
+
+from ml_collections import ConfigDict
+
+from configs import shapes
+
+
+def get_config() -> ConfigDict:
+    """A wider MagNet on larger pictures of shapes."""
+    c = shapes.get_config()
+    c.data.options.image_size = c.data.image_size = 96
+    c.data.options.scenes = {"train": 20000, "val": 150, "testA": 150, "testB": 75, "rare": 150}
+
+    model = c.model
+    model.swin.embed_dim, model.swin.depths, model.swin.window = 32, (2, 2, 2, 2), 6
+    model.bert.hidden, model.bert.intermediate = 96, 192
+    model.fusion_heads = (2, 2, 4, 4)
+
+    c.train.steps = 10000
+    c.train.eval_every = c.checkpoint.every_steps = 2500
+    return c
