@@ -59,6 +59,7 @@ def main(_) -> None:
 def run(config) -> None:
     """Hands over to the function of the mode."""
     from magnet_jax.errors import UserError
+    from magnet_jax.host_memory import compute_in_main_thread, keep_freed_memory
     from magnet_jax.workdir import load_config
 
     needed = {"workdir": _WORKDIR.value}
@@ -67,9 +68,11 @@ def run(config) -> None:
         if not value:
             raise UserError(f"--{name} is missing; --mode={_MODE.value} needs it")
     config = load_config(_WORKDIR.value) if config is None else config
+    compute_in_main_thread()
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
+    keep_freed_memory()
 
     if _MODE.value == "train":
         from magnet_jax.train import train

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     data.source = "shapes"  # A source registered in input_pipeline.
     data.options = ConfigDict()  # Passed to the source as keyword arguments.
     data.seed = (
-        0  # Of data that is made rather than read; `seed` stays out of it, so that repeats share their data.
+        0  # Of data that is made rather than read; apart from `seed`, so that repeats share their data.
     )
     data.train_split = "train"
     data.eval_splits = ("val",)  # Evaluated at the end of training and by --mode=eval.
@@ -28,12 +28,9 @@ def get_config() -> ConfigDict:
 
     c.model = model = ConfigDict()
     model.name = "magnet"
-    model.dtype = (
-        "float32"  # Of the computation, 'float32' or 'bfloat16'; parameters and statistics are float32.
-    )
-    model.alignment = (
-        True  # The Cross-modal Alignment Module; False: plain PWAM fusion, words never see the image.
-    )
+    model.dtype = "float32"  # Of the computation, or 'bfloat16'; parameters and statistics are float32.
+    # The Cross-modal Alignment Module; False: plain PWAM fusion, words never see the image.
+    model.alignment = True
     model.pyramids = (1, 2, 3, 6)  # Its granularities.
     model.fusion_heads = (1, 1, 1, 1)  # Heads of the pixel-word attention, by stage.
     model.fusion_dropout = 0.0
@@ -69,6 +66,7 @@ def get_config() -> ConfigDict:
     predictor.feedforward = 2048
 
     c.grounding_head = head = ConfigDict()  # The masked-word predictor, built when its loss has a weight.
+    head.stage = 4  # Whose image features it reads: 1 (stride 4) to 4 (stride 32).
     head.layers = 4
     head.heads = 12
     head.intermediate = 3072
@@ -78,18 +76,15 @@ def get_config() -> ConfigDict:
     loss.bce = 5.0
     loss.dice = 5.0
     loss.class_ = 2.0  # Is there an object that the sentence means?
-    loss.full_resolution = (
-        False  # Compare masks at the image's size instead of the mask features' (stride 4).
-    )
+    loss.full_resolution = False  # Compare masks at the image's size, not the mask features' (stride 4).
     loss.grounding = 1.0  # Mask Grounding.
     loss.mask_ratio = 0.15  # Share of words that are masked,
     loss.mask_at_least_one = True  # but never none of a sentence.
     loss.mask_sentences = 1.0  # Share of the sentences in which words are masked; the others stay whole.
     loss.mask_keep = 0.1  # Share of these that stay as they are instead of becoming [MASK].
     loss.mask_id = -1  # Id of [MASK]; -1: the tokenizer's.
-    loss.grounding_shared_pass = (
-        True  # Segment from the masked sentence; False: a clean forward pass of its own.
-    )
+    # Segment from the sentence with masked words; False: from a clean forward pass of its own.
+    loss.grounding_shared_pass = True
     loss.alignment = 1.0  # Pixel-to-pixel and pixel-to-text contrast.
     loss.alignment_stride = 8  # Pixels of the image per compared pixel.
     loss.alignment_block = 0  # Rows of the pixel-to-pixel similarity held at a time; 0: all.
@@ -97,7 +92,10 @@ def get_config() -> ConfigDict:
     loss.tau_text = 0.1
 
     c.optimizer = optimizer = ConfigDict()
-    optimizer.name = "adamw"
+    optimizer.name = "adamw"  # Or 'muon' for the linear layers, with Adam for the rest.
+    optimizer.muon_largest = (
+        0  # Smaller side, in channels, of the largest matrices that Muon moves; 0: no limit.
+    )
     optimizer.learning_rate = 5e-5
     optimizer.schedule = "polynomial"  # 'polynomial', 'cosine' or 'constant'; the first two end at 0.
     optimizer.power = 0.9  # Of the polynomial.
@@ -111,7 +109,7 @@ def get_config() -> ConfigDict:
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999
     optimizer.eps = 1e-8
-    optimizer.flatten = False  # Moments as one vector each: for small networks faster; not for 'fsdp'.
+    optimizer.flatten = False  # Adam's moments as one vector each: for small networks faster; not for 'fsdp'.
     optimizer.clip_norm = 1.0  # Global norm that gradients are cut to; 0 for never.
     optimizer.lr_multipliers = ()  # ((expression, factor), ...): the first found in a name scales its learning rate.
 

@@ -1,6 +1,6 @@
 """The built-in data set on a CPU: learns in minutes to find what a sentence means.
 
-python main.py --config=configs/shapes.py --workdir=runs/shapes        2 CPU cores, 8 minutes, val oIoU 39
+python main.py --config=configs/shapes.py --workdir=runs/shapes        2 CPU cores, 9 minutes, val oIoU 40
 """
 
 from ml_collections import ConfigDict
@@ -22,13 +22,14 @@ def get_config() -> ConfigDict:
     # In so few steps the auxiliary losses cost more time than they bring.
     c.loss.grounding = c.loss.alignment = 0.0
 
+    c.optimizer.name = "muon"  # Learns as much in 600 steps as AdamW in 1000.
+    c.optimizer.muon_largest = 96
     c.optimizer.learning_rate = 1e-3
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_steps = 200
     c.optimizer.flatten = True
-    # Adam moves a value by no more than the learning rate in a step: too little, in so few, for tables that tell
-    # neighbours apart and for gates that start closed.
-    c.optimizer.lr_multipliers = (("relative_position_bias", 20.0), ("_gate_", 10.0))
+    # Adam moves a value by no more than the learning rate in a step: too little, in so few, to tell neighbours apart.
+    c.optimizer.lr_multipliers = (("relative_position_bias", 20.0),)
     c.train.steps = 2600
     c.train.log_every = 100
     c.train.eval_every = 1300

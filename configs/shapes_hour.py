@@ -14,10 +14,8 @@ def get_config() -> ConfigDict:
     c.data.options.image_size = c.data.image_size = 96
     c.data.options.scenes = {"train": 20000, "val": 150, "testA": 150, "testB": 75, "rare": 150}
 
-    model = c.model
-    model.swin.embed_dim, model.swin.depths, model.swin.window = 32, (2, 2, 2, 2), 6
-    model.bert.hidden, model.bert.intermediate = 96, 192
-    model.fusion_heads = (2, 2, 4, 4)
+    swin = c.model.swin
+    swin.embed_dim, swin.depths, swin.window = 32, (2, 2, 2, 2), 6
 
     c.train.steps = 10000
     c.train.eval_every = c.checkpoint.every_steps = 2500

@@ -17,10 +17,8 @@ T = TypeVar("T")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 TEXTURES = ("plain", "striped", "dotted", "checked")
-SMALL = (
-    0.19,
-    0.25,
-)  # diameters; between the two ranges no object exists, so nobody wonders whether one is small
+# Diameters; between the two ranges no object exists, so nobody wonders whether one is small.
+SMALL = (0.19, 0.25)
 LARGE = (0.32, 0.42)
 # Degrees: a square turned by 45 is a diamond, a cross a letter x.
 MAX_TURN = {"circle": 180, "square": 12, "triangle": 18, "star": 36, "ring": 180, "cross": 12}

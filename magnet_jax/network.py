@@ -21,11 +21,12 @@ MODELS = {"magnet": MagNet}
 class Network:
     """`model` segments; `grounding` predicts masked words during training, None when its loss is switched off.
 
-    Parameters are `{'model': ..., 'grounding': ...}`.
+    `grounding_stage` (1 to 4) is the stage whose features it reads. Parameters are `{'model': ..., 'grounding': ...}`.
     """
 
     model: nn.Module
     grounding: MaskGrounding | None = None
+    grounding_stage: int = 4
 
     def init(self, key: jax.Array, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Initial parameters for batches shaped like `batch` (arrays or shapes; only the first example is looked at)."""
@@ -41,7 +42,7 @@ class Network:
                 grounding_key,
                 output.word_features,
                 jnp.ones_like(ids),
-                output.stage_features[-1],
+                output.stage_features[self.grounding_stage - 1],
                 mask,
                 output.word_embedding,
             )["params"]
@@ -61,10 +62,14 @@ def build_model(config: ConfigDict) -> nn.Module:
 
 def build_network(config: ConfigDict) -> Network:
     """The model of a whole configuration and, where the grounding loss has a weight, its head."""
-    grounding = None
-    if config.loss.grounding:
-        grounding = MaskGrounding(**config.grounding_head.to_dict(), dtype=jnp.dtype(config.model.dtype))
-    return Network(build_model(config.model), grounding)
+    model = build_model(config.model)
+    if not config.loss.grounding:
+        return Network(model)
+    fields = config.grounding_head.to_dict()
+    stage = fields.pop("stage")
+    if stage not in (1, 2, 3, 4):
+        raise UserError(f"config.grounding_head.stage is {stage}; expected 1 (fine) to 4 (coarse)")
+    return Network(model, MaskGrounding(**fields, dtype=jnp.dtype(config.model.dtype)), stage)
 
 
 def _tuples(value):

@@ -5,6 +5,7 @@ import functools
 import math
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -74,13 +75,6 @@ def train(config: ConfigDict, workdir: str) -> dict:
     shapes = jax.eval_shape(init)  # Nothing is ever whole on one device.
     shardings = state_sharding(shapes, mesh, config.sharding)
 
-    checkpointer = Checkpointer(workdir, config.checkpoint.keep)
-    if checkpointer.latest_step() is None:
-        state = jax.jit(init, out_shardings=shardings)()
-    else:
-        state, _ = checkpointer.restore(shapes, shardings)
-    start_step = int(state.step)
-
     train_step = jax.jit(
         make_train_step(network, tx, config.loss, schedule),
         in_shardings=(shardings, batch_sharding(mesh)),
@@ -89,7 +83,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
     )
     evaluator = Evaluator(jit_eval_step(network, shardings.params, mesh), tokenizer, config, mesh)
 
-    # ---------------------------------------------------------------------------------------------------- the loop
+    checkpointer = Checkpointer(workdir, config.checkpoint.keep)
+    start_step = checkpointer.latest_step() or 0
     log = Log(workdir, start_step, total_steps, config.data.batch_size, active=first_process)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
     log.say(
@@ -98,8 +93,18 @@ def train(config: ConfigDict, workdir: str) -> dict:
     )
     if start_step:
         log.say(f"going on from the checkpoint of step {start_step}")
-    elif total_steps:
+        state, _ = checkpointer.restore(shapes, shardings)
+    if start_step < total_steps:
         log.say("compiling the train step (some 10 s to some minutes, by size) ...")
+    with ThreadPoolExecutor() as pool:  # The step and the initial state compile side by side.
+        if start_step < total_steps:
+            compiled = pool.submit(lambda: train_step.lower(shapes, batch_shapes(config)).compile())
+        if not start_step:
+            state = jax.jit(init, out_shardings=shardings)()
+    if start_step < total_steps:
+        train_step = compiled.result()
+
+    # ---------------------------------------------------------------------------------------------------- the loop
     loader.start_step = start_step
     best = checkpointer.best_score()
     stop = _StopSignal()

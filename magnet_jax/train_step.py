@@ -116,7 +116,7 @@ def total_loss(
             {"params": params["grounding"]},
             grounded.word_features,
             text_mask,
-            grounded.stage_features[-1],
+            grounded.stage_features[network.grounding_stage - 1],
             batch["mask"],
             grounded.word_embedding,
             train=True,

@@ -84,6 +84,9 @@ class History:
 
     def __init__(self, workdir: str | Path):
         self.path = Path(workdir) / "metrics.jsonl"
+        self._former = (
+            set()
+        )  # Lines of an earlier run; a finished one that is started again says the same once more.
 
     def read(self) -> list[dict]:
         """All whole lines; the last one may be torn where a run was killed."""
@@ -100,11 +103,14 @@ class History:
         if self.path.exists():
             kept = [row for row in self.read() if row["step"] <= step]
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._former = {json.dumps(row) for row in kept}
 
     def append(self, row: dict) -> None:
-        """Adds one line."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Adds one line, unless an earlier run wrote the same."""
+        line = json.dumps(row)
+        if line not in self._former:
+            with open(self.path, "a") as file:
+                file.write(line + "\n")
 
 
 def _tuples(value):

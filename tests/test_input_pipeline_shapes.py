@@ -1,6 +1,5 @@
 """The built-in data set, judged by a second reader of its sentences that shares no code with the grammar."""
 
-import dataclasses
 import math
 import re
 
@@ -8,9 +7,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from input_pipeline import shapes, shapes_grammar
+from input_pipeline import shapes
 from input_pipeline.records import DataError, load, splits
-from input_pipeline.shapes_grammar import Article, Nearest, Noun, Order, Place, Plural, Relation, Superlative
 from input_pipeline.shapes_render import render
 from input_pipeline.shapes_scene import COLOURS, SHAPES, TEXTURES, Dice, Scene, Thing, is_rare
 
@@ -183,39 +181,6 @@ def test_enough_of_every_object_is_visible(examples):
     assert hidden > 30  # yet some are partly hidden
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_drawn_shapes_have_the_right_area_and_orientation(shape):
-    size = 256
-    mask = render(Scene((Thing(shape, "red", "plain", 0.5, 0.5, 0.5, 0.0),)), size, Dice(1))[1][0]
-    arm = 0.34
-    areas = {
-        "circle": math.pi,
-        "ring": math.pi * (1 - 0.25),
-        "square": 4 * 0.87**2,
-        "triangle": 1.1 * 1.87,
-        "cross": 8 * arm - 4 * arm**2,
-        "star": 5 * 1.12 * 0.5 * math.sin(math.radians(36)),
-    }
-    assert mask.sum() / (size / 4) ** 2 == pytest.approx(areas[shape], rel=0.03)
-    rows = mask.sum(1)
-    if shape == "triangle":  # the tip is up
-        assert rows[:128].sum() < rows[128:].sum()
-    if shape == "star":
-        assert mask[: 128 - 56, 128].any()
-        assert not mask[128 + 56 :, 128].any()
-    assert abs(mask.astype(int) - mask[:, ::-1]).sum() < 0.03 * mask.sum()  # upright shapes are symmetric
-
-
-def test_visible_share_counts_what_is_hidden():
-    below = Thing("square", "red", "plain", 0.4, 0.4, 0.5, 0.0)
-    above = Thing("square", "blue", "plain", 0.4, 0.6, 0.5, 0.0)
-    _, masks, visible = render(Scene((below, above)), 96, Dice(0))
-    assert visible[1] == 1
-    assert visible[0] == pytest.approx(0.2 / 0.348, abs=0.03)
-    assert masks[0].any()
-    assert not (masks[0] & masks[1]).any()
-
-
 def test_rare_combinations_occur_in_the_rare_split_only(examples):
     seen = set()
     for split, made in examples.items():
@@ -299,93 +264,6 @@ def test_generalised_expressions():
     assert coco_mask.area(several[0].segmentation) == sum(parts)
 
 
-# The grammar on scenes made by hand.
-
-
-def at(x, y, shape="star", colour="red", texture="plain", diameter=0.2):
-    return Thing(shape, colour, texture, diameter, x, y, 0.0)
-
-
-STAR = Noun(shape="star")
-CASES = [
-    # left and right, up and down
-    (Place(STAR, "left"), [at(0.3, 0.5), at(0.7, 0.5)], {0}),
-    (Place(STAR, "right"), [at(0.3, 0.5), at(0.7, 0.5)], {1}),
-    (Place(STAR, "top"), [at(0.5, 0.3), at(0.5, 0.7)], {0}),
-    (Place(STAR, "bottom"), [at(0.5, 0.3), at(0.5, 0.7)], {1}),
-    (Place(STAR, "top right"), [at(0.7, 0.3), at(0.3, 0.3), at(0.7, 0.7)], {0}),
-    (Place(STAR, "bottom left"), [at(0.7, 0.3), at(0.3, 0.3), at(0.3, 0.7)], {2}),
-    (Place(STAR, "middle"), [at(0.5, 0.55), at(0.2, 0.5)], {0}),
-    (Place(STAR, "left"), [at(0.3, 0.5), at(0.5, 0.5)], None),  # the second may be called left
-    (Place(STAR, "left"), [at(0.3, 0.5), at(0.5, 0.5, "ring")], {0}),  # what is no star does not matter
-    (Order(STAR, 1, "left"), [at(0.6, 0.5), at(0.2, 0.5), at(0.4, 0.5)], {1}),
-    (Order(STAR, 2, "left"), [at(0.6, 0.5), at(0.2, 0.5), at(0.4, 0.5)], {2}),
-    (Order(STAR, 1, "right"), [at(0.6, 0.5), at(0.2, 0.5), at(0.4, 0.5)], {0}),
-    (Order(STAR, 1, "top"), [at(0.5, 0.6), at(0.5, 0.2), at(0.5, 0.4)], {1}),
-    (Order(STAR, 2, "bottom"), [at(0.5, 0.7), at(0.5, 0.2), at(0.5, 0.4)], {2}),
-    (Order(STAR, 1, "left"), [at(0.2, 0.5), at(0.25, 0.9)], None),
-    (Order(STAR, 1, "left"), [at(0.2, 0.5), at(0.5, 0.9), at(0.52, 0.1)], {0}),
-    (Order(STAR, 2, "left"), [at(0.2, 0.5), at(0.5, 0.9), at(0.52, 0.1)], None),
-    (Order(STAR, 3, "left"), [at(0.2, 0.5), at(0.5, 0.9)], set()),
-    (Superlative(STAR, "largest"), [at(0.2, 0.2), at(0.6, 0.6, diameter=0.4)], {1}),
-    (Superlative(STAR, "smallest"), [at(0.2, 0.2), at(0.6, 0.6, diameter=0.4)], {0}),
-    (Superlative(STAR, "largest"), [at(0.2, 0.2), at(0.6, 0.6, diameter=0.22)], None),
-    (Relation(STAR, "left of", Noun("ring")), [at(0.2, 0.5), at(0.5, 0.5, "ring"), at(0.8, 0.5)], {0}),
-    (Relation(STAR, "right of", Noun("ring")), [at(0.2, 0.5), at(0.5, 0.5, "ring"), at(0.8, 0.5)], {2}),
-    (Relation(STAR, "above", Noun("ring")), [at(0.5, 0.2), at(0.5, 0.5, "ring"), at(0.5, 0.8)], {0}),
-    (Relation(STAR, "below", Noun("ring")), [at(0.5, 0.2), at(0.5, 0.5, "ring"), at(0.5, 0.8)], {2}),
-    (Relation(STAR, "left of", Noun("ring")), [at(0.2, 0.2), at(0.5, 0.5, "ring")], None),  # left and above
-    (
-        Relation(STAR, "left of", Noun("ring")),
-        [at(0.2, 0.5), at(0.5, 0.5, "ring"), at(0.8, 0.5, "ring")],
-        None,
-    ),
-    (Relation(STAR, "larger than", Noun("ring")), [at(0.2, 0.2, diameter=0.4), at(0.5, 0.5, "ring")], {0}),
-    (Relation(STAR, "smaller than", Noun("ring")), [at(0.2, 0.2, diameter=0.4), at(0.5, 0.5, "ring")], set()),
-    (Relation(STAR, "larger than", Noun("ring")), [at(0.2, 0.2), at(0.5, 0.5, "ring")], None),
-    (
-        Relation(STAR, "the same color as", Noun("ring")),
-        [at(0.2, 0.2, colour="blue"), at(0.5, 0.5, "ring"), at(0.7, 0.1)],
-        {2},
-    ),
-    (Nearest(STAR, "closest to", Noun("ring")), [at(0.2, 0.5), at(0.4, 0.5), at(0.6, 0.5, "ring")], {1}),
-    (Nearest(STAR, "closest to", Noun("ring")), [at(0.35, 0.5), at(0.8, 0.5), at(0.6, 0.5, "ring")], None),
-    # by centres the first, by borders the second
-    (
-        Nearest(STAR, "closest to", Noun("ring")),
-        [at(0.4, 0.5), at(0.8, 0.78, diameter=0.4), at(0.6, 0.5, "ring")],
-        None,
-    ),
-    (Article(Noun(colour="red", size="big")), [at(0.2, 0.2, diameter=0.4), at(0.7, 0.7)], {0}),
-    (Plural(Noun(colour="red")), [at(0.2, 0.2), at(0.7, 0.7), at(0.5, 0.5, colour="blue")], {0, 1}),
-    (Noun("star", "red", "dotted"), [at(0.2, 0.2, texture="dotted"), at(0.7, 0.7)], {0}),
-    (Noun("ring"), [at(0.2, 0.2)], set()),
-]
-
-
-@pytest.mark.parametrize("case", range(len(CASES)))
-def test_meaning(case):
-    expression, things, expected = CASES[case]
-    found = expression.evaluate(Scene(tuple(things)))
-    assert found == (None if expected is None else frozenset(expected)), expression.text()
-
-
-def test_wording():
-    ring = Article(Noun("ring", colour="yellow"))
-    for expression, text in [
-        (Noun("ring", "red", "striped", "small"), "small striped red ring"),
-        (Noun(colour="red", any_shape="thing"), "red thing"),
-        (Place(STAR, "top left"), "top left star"),
-        (Place(STAR, "top left", " of the picture"), "star in the top left of the picture"),
-        (Order(Noun("circle", "blue"), 2, "left"), "second blue circle from the left"),
-        (Order(STAR, 1, "bottom"), "lowest star"),
-        (Superlative(Noun("square", "green"), "largest"), "largest green square"),
-        (Relation(Noun("cross"), "below", ring), "cross below the yellow ring"),
-        (Plural(Noun("cross")), "all crosses"),
-    ]:
-        assert expression.text() == text
-
-
 def test_examples_depend_on_seed_split_and_index_alone():
     options = shapes.Options()
     forwards = [shapes.make_example(5, "train", i, options) for i in range(4)]
@@ -455,11 +333,3 @@ def test_crowded_scenes_and_single_types_end():
         for split in splits("shapes"):
             example = shapes.make_example(0, split, 0, shapes.Options(**changes))
             assert {kind for _, kind, _ in example.expressions} <= set(changes.get("types", shapes.TYPES))
-
-
-def test_grey_zones_are_wide_enough_to_see():
-    """A few pixels at 96, or nobody could tell yes from no."""
-    assert shapes_grammar.SIDE_NO - shapes_grammar.SIDE_YES >= 0.1
-    assert shapes_grammar.ORDER_GAP >= 0.06
-    assert dataclasses.replace(at(0, 0), diameter=0.25).size == "small"
-    assert dataclasses.replace(at(0, 0), diameter=0.32).size == "large"

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 
-from configs import common
+from configs import common, debug
 from magnet_jax.errors import UserError
 from magnet_jax.network import build_network
-from magnet_jax.optim import decay_mask, make_optimizer, make_schedule
+from magnet_jax.optim import decay_mask, make_optimizer, make_schedule, muon_labels
 from magnet_jax.sharding import path_name
 from magnet_jax.trained import batch_shapes
 
@@ -36,7 +38,7 @@ def test_schedules(schedule, formula, warmup):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(UserError, match="config.optimizer.name is 'sgd'"):
+    with pytest.raises(UserError, match="config.optimizer.name is 'sgd'; expected 'adamw' or 'muon'"):
         make_optimizer(optimizer_config(name="sgd"), 10)
 
 
@@ -78,9 +80,44 @@ def test_three_steps_equal_adamw_written_out(flatten):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), params, expected)
 
 
-def test_no_decay_on_norms_biases_and_position_biases_of_the_network():
-    from tests.tiny import debug
+def test_muon_equals_optax_matrix_by_matrix():
+    """Stacked by shape or not; momentum is carried, and a step is as large as one of Adam."""
+    config = optimizer_config(
+        name="muon", learning_rate=0.1, weight_decay=0.2, clip_norm=0.0, schedule="constant", muon_largest=8
+    )
+    tx, _ = make_optimizer(config, 10)
+    rng = np.random.default_rng(0)
+    shapes = {"a": (6, 10), "b": (10, 6), "c": (6, 10), "large": (9, 12)}
+    params = {name: {"kernel": rng.normal(size=shape)} for name, shape in shapes.items()}
+    params["d"] = {"bias": rng.normal(size=6), "embedding": rng.normal(size=(5, 6))}
+    params = jax.tree.map(jnp.float32, params)
+    moved = {name: leaf for name, leaf in params.items() if name in "abc"}
+    other = {name: leaf for name, leaf in params.items() if name not in moved}
+    muon = optax.contrib.muon(0.1, weight_decay=0.2, consistent_rms=0.2)
+    adam = optax.adamw(
+        0.1, weight_decay=0.2, mask={"large": {"kernel": True}, "d": {"bias": False, "embedding": True}}
+    )
+    state, muon_state, adam_state = tx.init(params), muon.init(moved), adam.init(other)
+    for _ in range(3):
+        gradient = jax.tree.map(lambda p: jnp.float32(rng.normal(size=p.shape)), params)
+        updates, state = tx.update(gradient, state, params)
+        one, muon_state = muon.update({k: gradient[k] for k in moved}, muon_state, moved)
+        two, adam_state = adam.update({k: gradient[k] for k in other}, adam_state, other)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, one | two)
 
+
+def test_muon_moves_the_linear_layers_of_the_network():
+    config = debug.get_config()
+    config.model.bert.vocab_size, config.loss.mask_id = 40, 4
+    shapes = jax.eval_shape(lambda: build_network(config).init(jax.random.key(0), batch_shapes(config)))
+    labels = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(muon_labels(shapes, 0))}
+    assert labels["model/text/layer_0/query/kernel"] == labels["grounding/head/kernel"] == "muon"
+    adam = {name for name, label in labels.items() if label == "adam"}
+    assert not [name for name in adam if name.endswith("kernel") and "patch_embed" not in name]
+    assert {"model/predictor/query", "model/text/embeddings/word/embedding"} <= adam
+
+
+def test_no_decay_on_norms_biases_and_position_biases_of_the_network():
     config = debug.get_config()
     config.model.bert.vocab_size, config.loss.mask_id = 40, 4
     shapes = jax.eval_shape(lambda: build_network(config).init(jax.random.key(0), batch_shapes(config)))

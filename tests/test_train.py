@@ -107,9 +107,10 @@ def test_history_has_losses_speed_and_figures(finished):
 
 def test_a_finished_run_is_only_evaluated_again(finished):
     workdir, results = finished
-    before = final_state(workdir)
+    before, rows = final_state(workdir), History(workdir).read()
     assert train(tiny_config(), workdir) == results
     jax.tree.map(np.testing.assert_array_equal, before, final_state(workdir))
+    assert History(workdir).read() == rows
 
 
 def test_run_killed_again_and_again_ends_the_same(tmp_path, finished_every_step):

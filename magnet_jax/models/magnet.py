@@ -57,7 +57,7 @@ class MagNet(nn.Module):
     pixel_decoder: Mapping[str, Any]
     mask_predictor: Mapping[str, Any]
     alignment: bool = (
-        True  # the Cross-modal Alignment Module; without it plain PWAM fusion, and words never see the image
+        True  # the Cross-modal Alignment Module; without it plain PWAM fusion, image to words nothing
     )
     pyramids: Sequence[int] = (1, 2, 3, 6)
     fusion_heads: Sequence[int] = (1, 1, 1, 1)
