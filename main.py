@@ -68,11 +68,14 @@ def run(config) -> None:
         if not value:
             raise UserError(f"--{name} is missing; --mode={_MODE.value} needs it")
     config = load_config(_WORKDIR.value) if config is None else config
-    compute_in_main_thread()
+    one_device = config.cpu_devices == 1 and not _DISTRIBUTED.value
+    if one_device:
+        compute_in_main_thread()
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
-    keep_freed_memory()
+    if one_device:
+        keep_freed_memory()
 
     if _MODE.value == "train":
         from magnet_jax.train import train

@@ -7,7 +7,7 @@ def get_config() -> ConfigDict:
     """The defaults that every file of this folder starts from."""
     c = ConfigDict()
     c.seed = 0  # Everything random follows from it: initial values, order of the data, dropout, word masking.
-    c.cpu_devices = 1  # Host devices that a CPU is divided into; 2 is faster for small networks on 2 cores.
+    c.cpu_devices = 1  # Host devices that a CPU is divided into.
 
     c.data = data = ConfigDict()
     data.source = "shapes"  # A source registered in input_pipeline.

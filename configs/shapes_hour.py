@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     swin = c.model.swin
     swin.embed_dim, swin.depths, swin.window = 32, (2, 2, 2, 2), 6
 
-    c.train.steps = 10000
-    c.train.eval_every = c.checkpoint.every_steps = 2500
+    c.optimizer.muon_largest = 128
+    c.train.steps = 8500
+    c.train.eval_every = c.checkpoint.every_steps = 1700
     return c

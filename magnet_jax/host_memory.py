@@ -12,7 +12,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 def compute_in_main_thread() -> None:
     """Makes CPU computations run in the thread that asks for them; to be called before JAX is used.
 
-    `keep_freed_memory` can keep the main thread's memory only.
+    `keep_freed_memory` can keep the main thread's memory only. Not for several CPU devices, which would wait for each
+    other in that thread for ever.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
