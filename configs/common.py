@@ -12,9 +12,8 @@ def get_config() -> ConfigDict:
     c.data = data = ConfigDict()
     data.source = "shapes"  # A source registered in input_pipeline.
     data.options = ConfigDict()  # Passed to the source as keyword arguments.
-    data.seed = (
-        0  # Of data that is made rather than read; apart from `seed`, so that repeats share their data.
-    )
+    # Of data that is made rather than read; apart from `seed`, so that repeats of a training share their data.
+    data.seed = 0
     data.train_split = "train"
     data.eval_splits = ("val",)  # Evaluated at the end of training and by --mode=eval.
     data.monitor_split = "val"  # Evaluated during training; its figure chooses the best checkpoint.
@@ -80,8 +79,8 @@ def get_config() -> ConfigDict:
     loss.grounding = 1.0  # Mask Grounding.
     loss.mask_ratio = 0.15  # Share of words that are masked,
     loss.mask_at_least_one = True  # but never none of a sentence.
-    loss.mask_sentences = 1.0  # Share of the sentences in which words are masked; the others stay whole.
     loss.mask_keep = 0.1  # Share of these that stay as they are instead of becoming [MASK].
+    loss.mask_sentences = 1.0  # Share of the sentences in which words are masked; the others stay whole.
     loss.mask_id = -1  # Id of [MASK]; -1: the tokenizer's.
     # Segment from the sentence with masked words; False: from a clean forward pass of its own.
     loss.grounding_shared_pass = True
@@ -92,10 +91,9 @@ def get_config() -> ConfigDict:
     loss.tau_text = 0.1
 
     c.optimizer = optimizer = ConfigDict()
-    optimizer.name = "adamw"  # Or 'muon' for the linear layers, with Adam for the rest.
-    optimizer.muon_largest = (
-        0  # Smaller side, in channels, of the largest matrices that Muon moves; 0: no limit.
-    )
+    optimizer.name = "adamw"  # Or 'muon': Muon for the linear layers, Adam for the rest; not for 'fsdp'.
+    # Smaller side, in channels, of the largest matrices that Muon moves; 0: no limit.
+    optimizer.muon_largest = 0
     optimizer.learning_rate = 5e-5
     optimizer.schedule = "polynomial"  # 'polynomial', 'cosine' or 'constant'; the first two end at 0.
     optimizer.power = 0.9  # Of the polynomial.

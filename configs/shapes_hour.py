@@ -1,6 +1,6 @@
 """The built-in data set for an hour on a CPU: the small network of `configs/shapes.py` with more pixels and channels.
 
-python main.py --config=configs/shapes_hour.py --workdir=runs/shapes_hour        2 CPU cores
+python main.py --config=configs/shapes_hour.py --workdir=runs/shapes_hour        2 CPU cores; not yet measured
 """
 
 from ml_collections import ConfigDict

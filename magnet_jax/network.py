@@ -61,7 +61,10 @@ def build_model(config: ConfigDict) -> nn.Module:
 
 
 def build_network(config: ConfigDict) -> Network:
-    """The model of a whole configuration and, where the grounding loss has a weight, its head."""
+    """The model of a whole configuration and, where the grounding loss has a weight, its head.
+
+    Raises `UserError` for what `build_model` refuses and for a grounding stage that does not exist.
+    """
     model = build_model(config.model)
     if not config.loss.grounding:
         return Network(model)

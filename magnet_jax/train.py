@@ -47,9 +47,6 @@ def train(config: ConfigDict, workdir: str) -> dict:
     workdir.mkdir(parents=True, exist_ok=True)
 
     # --------------------------------------------------------------------------------------------------------- data
-    if first_process and not (workdir / "config.json").exists():
-        tokenizer.save(workdir / "tokenizer")
-        run_files.save_config(workdir, config)  # Last: its presence says that the directory holds a run.
     records = input_pipeline.load(
         config.data.source, config.data.train_split, seed=config.data.seed, **config.data.options.to_dict()
     )
@@ -82,6 +79,11 @@ def train(config: ConfigDict, workdir: str) -> dict:
         donate_argnums=0,
     )
     evaluator = Evaluator(jit_eval_step(network, shardings.params, mesh), tokenizer, config, mesh)
+
+    # Only now, when nothing in the configuration was refused; config.json last, since it says that here is a run.
+    if first_process and not (workdir / "config.json").exists():
+        tokenizer.save(workdir / "tokenizer")
+        run_files.save_config(workdir, config)
 
     checkpointer = Checkpointer(workdir, config.checkpoint.keep)
     start_step = checkpointer.latest_step() or 0

@@ -26,19 +26,12 @@ from tests.stand_in import (
     stand_in,
 )
 
-TERMS = {
-    "bce": ["bce"],
-    "dice": ["dice"],
-    "class_": ["class"],
-    "grounding": ["grounding"],
-    "alignment": ["pixel_to_pixel", "pixel_to_text"],
-}
-FUNCTIONS = {
-    "bce": ["binary_cross_entropy"],
-    "dice": ["dice"],
-    "class_": ["class_cross_entropy"],
-    "grounding": ["masked_words"],
-    "alignment": ["pixel_to_pixel", "pixel_to_text"],
+TERMS = {  # By weight: terms and the functions of `losses` that compute them.
+    "bce": {"bce": "binary_cross_entropy"},
+    "dice": {"dice": "dice"},
+    "class_": {"class": "class_cross_entropy"},
+    "grounding": {"grounding": "masked_words"},
+    "alignment": {"pixel_to_pixel": "pixel_to_pixel", "pixel_to_text": "pixel_to_text"},
 }
 
 
@@ -72,7 +65,7 @@ def test_a_weight_of_zero_removes_the_term_and_its_computation(params, everythin
         return lowered.cost_analysis()["flops"], set(lowered.out_info[1])
 
     forbidden = {
-        name: mock.Mock(side_effect=AssertionError(f"{name} is computed")) for name in FUNCTIONS[switch]
+        name: mock.Mock(side_effect=AssertionError(f"{name} is computed")) for name in TERMS[switch].values()
     }
     with mock.patch.multiple(losses, **forbidden):
         flops, terms = lower(loss_config(**{switch: 0.0}))

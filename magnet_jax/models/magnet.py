@@ -56,9 +56,8 @@ class MagNet(nn.Module):
     bert: Mapping[str, Any]
     pixel_decoder: Mapping[str, Any]
     mask_predictor: Mapping[str, Any]
-    alignment: bool = (
-        True  # the Cross-modal Alignment Module; without it plain PWAM fusion, image to words nothing
-    )
+    # The Cross-modal Alignment Module; without it plain PWAM fusion, and words never see the image.
+    alignment: bool = True
     pyramids: Sequence[int] = (1, 2, 3, 6)
     fusion_heads: Sequence[int] = (1, 1, 1, 1)
     fusion_dropout: float = 0.0
