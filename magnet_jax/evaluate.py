@@ -20,6 +20,7 @@ from input_pipeline import Loader, Records, Tokenizer, masks, ops
 from input_pipeline.device import to_device
 from magnet_jax import metrics
 from magnet_jax.errors import UserError
+from magnet_jax.log import flatten
 from magnet_jax.sharding import batch_sharding, replicated
 from magnet_jax.train_step import make_eval_step
 from magnet_jax.trained import load_trained
@@ -108,6 +109,11 @@ class Evaluator:
         mask, figure = metrics.best_constant_mask(foreground, n)
         results["constant_mask"] = {"oIoU": figure, "area": 100.0 * float(mask.mean())}
         return results, pictures
+
+    def figure_names(self) -> list[str]:
+        """What an evaluation measures, as 'protocol/figure'."""
+        one_of_each = dataclasses.replace(Counts.zeros(2), has_target=np.array([True, False]))
+        return list(flatten(self._figures(one_of_each, ("", ""))))
 
     def _prepare(self, split: str, examples: int) -> tuple[Records, Loader]:
         config = self.config

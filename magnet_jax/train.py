@@ -5,6 +5,7 @@ import functools
 import math
 import signal
 import threading
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         donate_argnums=0,
     )
     evaluator = Evaluator(jit_eval_step(network, shardings.params, mesh), tokenizer, config, mesh)
+    check_best_metric(config, evaluator.figure_names())
 
     # Only now, when nothing in the configuration was refused; config.json last, since it says that here is a run.
     if first_process and not (workdir / "config.json").exists():
@@ -200,14 +202,19 @@ def check_batch_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             raise UserError(f"config.{name} is {size}; expected a multiple of the {mesh.size} devices")
 
 
-def best_score(results: dict, config: ConfigDict) -> float:
-    """The figure that chooses the best checkpoint."""
-    figures = flatten(results)
+def check_best_metric(config: ConfigDict, figures: Collection[str]) -> None:
+    """Raises UserError where the figure that chooses the best checkpoint is not one of `figures`."""
     if config.checkpoint.best_metric not in figures:
         raise UserError(
             f"config.checkpoint.best_metric is '{config.checkpoint.best_metric}'; expected one of "
             f"{', '.join(name for name in figures if name.count('/') == 1)}"
         )
+
+
+def best_score(results: dict, config: ConfigDict) -> float:
+    """The figure that chooses the best checkpoint; raises UserError where the split has none of it."""
+    figures = flatten(results)
+    check_best_metric(config, figures)
     return figures[config.checkpoint.best_metric]
 
 
