@@ -34,7 +34,7 @@ class StandIn(nn.Module):
             mask_features=nn.Dense(self.width, name="features")(x),
             word_features=words,
             text_embedding=nn.Dense(self.width, name="lang_proj")(sentence),
-            stage_features=(x, nn.avg_pool(x, (4, 4), (4, 4))),
+            stage_features=(x, -nn.avg_pool(x, (4, 4), (4, 4))),  # So that they cannot be mistaken.
             image_context=(),
             word_context=(),
             word_embedding=embed.embedding,

@@ -228,7 +228,11 @@ def test_fields_that_leave_training_alone_may_change(finished):
         ("eval.protocols", ("squish",), r"config.eval.protocols is .*squish.*expected some of"),
         ("optimizer.schedule", "exponential", r"config.optimizer.schedule is 'exponential'; expected"),
         ("optimizer.name", "sgd", r"config.optimizer.name is 'sgd'; expected 'adamw' or 'muon'"),
-        ("checkpoint.best_metric", "squash/IoU", r"best_metric is 'squash/IoU'; expected one of squash/oIoU, squash/mIoU"),
+        (
+            "checkpoint.best_metric",
+            "squash/IoU",
+            r"best_metric is 'squash/IoU'; expected one of squash/oIoU, squash/mIoU",
+        ),
         ("mesh", (("data", 3),), r"config.mesh is .* does not fit the 2 devices"),
         ("sharding", ((".*", "zero"),), r"tactic 'zero'; expected 'replicate' or 'fsdp'"),
     ],
