@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import overload
 
@@ -186,7 +187,7 @@ class _Source:
 
 _SOURCES: dict[str, _Source] = {}
 # Modules of this package that register a source; imported when the registry is first asked.
-_MODULES = ("shapes",)
+_MODULES = ("refer", "shapes")
 
 
 def source(name: str, splits: Callable[..., tuple[str, ...]]) -> Callable:
@@ -221,6 +222,10 @@ def splits(source: str, **options) -> tuple[str, ...]:
 def load(source: str, split: str, *, seed: int = 0, **options) -> Records:
     """Records of one split of a source; raises DataError for an unknown source, split or option."""
     found = _find(source)
+    try:
+        inspect.signature(found.load).bind(split, seed=seed, **options)
+    except TypeError as error:
+        raise DataError(f"data source {source!r}: config.data.options has {error}") from None
     names = found.splits(**options)
     if split not in names:
         raise DataError(f"data source {source!r} has no split {split!r}; it has: {', '.join(names)}")
