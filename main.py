@@ -3,6 +3,7 @@
 python main.py --config=configs/shapes.py --workdir=DIR [--config.a.b=value ...]
 python main.py --mode=eval --workdir=DIR
 python main.py --mode=predict --workdir=DIR --image=FILE --text="the red ring" --output=out.png
+python main.py --mode=export --workdir=DIR --format=released --output=out.safetensors
 """
 
 import os
@@ -16,7 +17,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ("train", "eval", "predict")
+MODES = ("train", "eval", "predict", "export")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, e.g. configs/shapes.py; needed to train."
 )
@@ -27,8 +28,11 @@ _TEXT = flags.DEFINE_multi_string(
     "text", [], "Sentence; repeat the flag or separate by new lines for several."
 )
 _OUTPUT = flags.DEFINE_string(
-    "output", "out.png", "Where predict writes the overlay; the mask goes beside it."
+    "output",
+    None,
+    "What predict writes (out.png; the mask goes beside it), and export (.safetensors or .pth).",
 )
+_FORMAT = flags.DEFINE_string("format", "released", "Layout that export writes.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes of a run (jax.distributed).")
 
 
@@ -63,7 +67,11 @@ def run(config) -> None:
     from magnet_jax.workdir import load_config
 
     needed = {"workdir": _WORKDIR.value}
-    needed |= {"train": {"config": config}, "predict": {"image": _IMAGE.value}}.get(_MODE.value, {})
+    needed |= {
+        "train": {"config": config},
+        "predict": {"image": _IMAGE.value},
+        "export": {"output": _OUTPUT.value},
+    }.get(_MODE.value, {})
     for name, value in needed.items():
         if not value:
             raise UserError(f"--{name} is missing; --mode={_MODE.value} needs it")
@@ -85,11 +93,15 @@ def run(config) -> None:
         from magnet_jax.evaluate import evaluate
 
         evaluate(_WORKDIR.value, config)
+    elif _MODE.value == "export":
+        from magnet_jax.export import export
+
+        export(_WORKDIR.value, _OUTPUT.value, _FORMAT.value, config)
     else:
         from magnet_jax.predict import predict
 
         texts = [line for text in _TEXT.value for line in text.splitlines() or [""]]
-        predict(_WORKDIR.value, _IMAGE.value, texts, _OUTPUT.value, config)
+        predict(_WORKDIR.value, _IMAGE.value, texts, _OUTPUT.value or "out.png", config)
 
 
 def parse(argv: list[str]) -> list[str]:

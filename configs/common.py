@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     data.prefetch = 2  # Batches prepared ahead.
 
     c.model = model = ConfigDict()
-    model.name = "magnet"
+    model.name = "magnet"  # Or 'lavt', whose fields configs/lavt_refcoco.py leaves.
     model.dtype = "float32"  # Of the computation, or 'bfloat16'; parameters and statistics are float32.
     # The Cross-modal Alignment Module; False: plain PWAM fusion, words never see the image.
     model.alignment = True
@@ -64,6 +64,11 @@ def get_config() -> ConfigDict:
     predictor.heads = 8
     predictor.feedforward = 2048
 
+    # Imported weights to start from: directories that `python -m magnet_jax.pretrained` wrote.
+    c.init = init = ConfigDict()
+    init.magnet = init.lavt = ""  # A whole network, whose sizes it brings along,
+    init.swin = init.bert = ""  # or its encoders.
+
     c.grounding_head = head = ConfigDict()  # The masked-word predictor, built when its loss has a weight.
     head.stage = 4  # Whose image features it reads: 1 (stride 4) to 4 (stride 32).
     head.layers = 4
@@ -75,6 +80,8 @@ def get_config() -> ConfigDict:
     loss.bce = 5.0
     loss.dice = 5.0
     loss.class_ = 2.0  # Is there an object that the sentence means?
+    loss.cross_entropy = 0.0  # Of the two classes of each pixel at full resolution: LAVT's loss,
+    loss.class_weights = (0.9, 1.1)  # with these weights of background and object.
     loss.full_resolution = False  # Compare masks at the image's size, not the mask features' (stride 4).
     loss.grounding = 1.0  # Mask Grounding.
     loss.mask_ratio = 0.15  # Share of words that are masked,
@@ -123,6 +130,7 @@ def get_config() -> ConfigDict:
     evaluation.monitor_examples = 1000  # Of the monitor split while training, evenly spread; 0 for all.
     evaluation.examples = 0  # Of every split at the end and by --mode=eval, evenly spread; 0 for all.
     evaluation.shuffled_text = True  # Also the floor: the same model given other pairs' sentences.
+    evaluation.per_expression = False  # Also expressions/SPLIT.csv: ids, sentence, I, U and IoU of every one.
     evaluation.panels = 8  # Pictures (image, truth, prediction) per split.
 
     c.checkpoint = checkpoint = ConfigDict()

@@ -26,7 +26,7 @@ def get_config():
     c.model.bert.hidden = 16
     c.model.bert.heads = 2
     c.model.bert.intermediate = 32
-    c.model.bert.splits = (1, 2, 3, 4)
+    c.model.bert.splits = (1, 1, 2, 2)
     c.model.bert.max_positions = 32
     c.model.pixel_decoder.channels = 16
     c.model.pixel_decoder.layers = 1
@@ -34,13 +34,14 @@ def get_config():
     c.model.pixel_decoder.points = 2
     c.model.pixel_decoder.feedforward = 32
     c.model.pixel_decoder.groups = 4
-    c.model.mask_predictor.layers = 2
+    c.model.mask_predictor.layers = 1
     c.model.mask_predictor.heads = 2
     c.model.mask_predictor.feedforward = 32
     c.grounding_head.layers = 1
     c.grounding_head.heads = 2
     c.grounding_head.intermediate = 32
     c.optimizer.learning_rate = 1e-3
+    c.optimizer.flatten = True
     c.train.steps = 12
     c.train.log_every = 4
     c.train.eval_every = 6

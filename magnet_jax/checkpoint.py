@@ -1,6 +1,6 @@
 """Checkpoints: saved in the background, whole or not at all, restored exactly on any number of devices.
 
-A checkpoint has three items: `params` (all that evaluation needs), `rest` (step, optimizer state, seed) and `meta`
+A checkpoint has three items: `variables` (all that evaluation needs), `rest` (step, optimizer state, seed) and `meta`
 (JSON: configuration, data position). Layout and formats are orbax's.
 """
 
@@ -38,7 +38,7 @@ class Checkpointer:
                 cleanup_tmp_directories=not read_only,  # What a killed run left half-written.
             ),
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
+                "variables": ocp.StandardCheckpointHandler(),
                 "rest": ocp.StandardCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
@@ -66,7 +66,7 @@ class Checkpointer:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
+                    variables=ocp.args.StandardSave(state.variables),
                     rest=ocp.args.StandardSave(_rest(state)),
                     meta=ocp.args.JsonSave(meta),
                 ),
@@ -84,19 +84,19 @@ class Checkpointer:
         """The latest checkpoint as a state like `shapes`, placed by `shardings`; and its meta data."""
         step = self.latest_step()
         target = _placed(shapes, shardings)
-        self._check_shapes(step, {"params": target.params, "rest": _rest(target)})
+        self._check_shapes(step, {"variables": target.variables, "rest": _rest(target)})
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(target.params),
+                variables=ocp.args.StandardRestore(target.variables),
                 rest=ocp.args.StandardRestore(_rest(target)),
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        return shapes.replace(params=found.params, **found.rest), found.meta
+        return shapes.replace(**found.variables, **found.rest), found.meta
 
-    def restore_params(self, shapes, shardings, which: str = "latest"):
-        """The parameters of the 'latest' or 'best' checkpoint and its step, for evaluation and prediction."""
+    def restore_variables(self, shapes, shardings, which: str = "latest"):
+        """The variables of the 'latest' or 'best' checkpoint and its step, for evaluation and prediction."""
         if which not in ("latest", "best"):
             raise UserError(f"config.checkpoint.load is '{which}'; expected 'latest' or 'best'")
         best = self._manager.best_step() if which == "best" else None
@@ -104,9 +104,11 @@ class Checkpointer:
         if step is None:
             raise UserError(f"no checkpoint in '{self.directory}'; train first or give another --workdir")
         target = _placed(shapes, shardings)
-        self._check_shapes(step, {"params": target})
-        found = self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))
-        return found.params, step
+        self._check_shapes(step, {"variables": target})
+        found = self._manager.restore(
+            step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(target))
+        )
+        return found.variables, step
 
     def close(self) -> None:
         """Ends the background threads."""

@@ -4,8 +4,10 @@ The controls belong to each figure: `shuffled_text`, the same model given the se
 without language), and `constant_mask`, the best single answer to all examples (what it scores without looking).
 """
 
+import csv
 import dataclasses
 import functools
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from magnet_jax.log import flatten
 from magnet_jax.sharding import batch_sharding, replicated
 from magnet_jax.train_step import make_eval_step
 from magnet_jax.trained import load_trained
-from magnet_jax.workdir import write_json
+from magnet_jax.workdir import write_atomically, write_json
 
 PROTOCOLS = ("squash", "original", "gres")
 
@@ -56,10 +58,10 @@ class Counts:
 
 
 class Evaluator:
-    """Evaluates parameters on splits; keeps what does not change (records, decoded images, tokens).
+    """Evaluates variables on splits; keeps what does not change (records, decoded images, tokens).
 
     Args:
-      eval_step: jit-compiled (params, batch) -> dict(mask_logits [B,h,w], class_logits [B,2], intersection [B],
+      eval_step: jit-compiled (variables, batch) -> dict(mask_logits [B,h,w], class_logits [B,2], intersection [B],
         union [B]), with outputs replicated over the mesh.
     """
 
@@ -72,10 +74,13 @@ class Evaluator:
         self.eval_step, self.tokenizer, self.config, self.mesh = eval_step, tokenizer, config, mesh
         self._prepared = functools.cache(self._prepare)
 
-    def __call__(self, params, split: str, examples: int = 0, panels: int = 0) -> tuple[dict, list[Picture]]:
+    def __call__(
+        self, variables, split: str, examples: int = 0, panels: int = 0, csv_file: Path | None = None
+    ) -> tuple[dict, list[Picture]]:
         """Figures of a split as `{protocol: {...}, "shuffled_text": {protocol: {...}}, "constant_mask": {...}}`.
 
-        Args: examples: how many, evenly spread (0: all); panels: pictures wanted, evenly spread.
+        Args: examples: how many, evenly spread (0: all); panels: pictures wanted, evenly spread; csv_file: where the
+        first process writes a line for every expression.
         """
         records, loader = self._prepared(split, examples)
         n = len(records)
@@ -88,14 +93,14 @@ class Evaluator:
         waiting = []  # The host counts one batch while the devices run the next.
         for batch in loader:
             placed = to_device({k: v for k, v in batch.items() if k != "index"}, batch_sharding(self.mesh))
-            outputs = {"": self.eval_step(params, placed)}
+            outputs = {"": self.eval_step(variables, placed)}
             if "shuffled_text" in passes:
                 rows = partner[np.maximum(batch["index"], 0)]
                 text = to_device(
                     {"text_ids": loader.text_ids[rows], "text_mask": loader.text_mask[rows]},
                     batch_sharding(self.mesh),
                 )
-                outputs["shuffled_text"] = self.eval_step(params, placed | text)
+                outputs["shuffled_text"] = self.eval_step(variables, placed | text)
             foreground = foreground + batch["mask"][batch["valid"]].astype(np.int64).sum(axis=0)
             waiting.append((batch, outputs))
             if len(waiting) > 1:
@@ -103,6 +108,8 @@ class Evaluator:
         for entry in waiting:
             pictures += self._count(records, *entry, passes, wanted)
         passes, foreground = _over_processes((passes, foreground))
+        if csv_file is not None and jax.process_index() == 0:
+            write_atomically(csv_file, self._lines(records, passes[""]))
         results = self._figures(passes[""], records.types)
         if "shuffled_text" in passes:
             results["shuffled_text"] = self._figures(passes["shuffled_text"], records.types)
@@ -149,7 +156,7 @@ class Evaluator:
         outputs = {
             name: {k: v[local] for k, v in jax.device_get(output).items()} for name, output in outputs.items()
         }
-        own_size = bool({"original", "gres"} & set(self.config.eval.protocols))
+        own_size = self._own_size
         for i, row in rows:
             record = records[row] if own_size else None
             truth = (
@@ -174,6 +181,29 @@ class Evaluator:
             for i, row in rows
             if row in wanted
         ]
+
+    def _lines(self, records: Records, counts: Counts) -> str:
+        """CSV text: ids, sentence, and pixels and IoU of 'squash' and 'original', whose pixels 'gres' judges further."""
+        pixels = {"squash": counts.squash}
+        if self._own_size:
+            pixels["original"] = counts.original
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        figures = [f"{name} {figure}" for name in pixels for figure in ("I", "U", "IoU")]
+        writer.writerow(["image_id", "object_id", "sentence_id", "sentence", *figures])
+        image_ids, object_ids = records.image_ids[records.image_rows], records.object_ids[records.objects]
+        for row, sentence in enumerate(records.texts):
+            cells = [image_ids[row], object_ids[row], records.sentence_ids[row], sentence]
+            for pair in pixels.values():
+                i, u = pair[row]
+                cells += [i, u, f"{i / u if u else 0.0:.6f}"]
+            writer.writerow(cells)
+        return text.getvalue()
+
+    @property
+    def _own_size(self) -> bool:
+        """Whether a protocol counts at the images' own size."""
+        return bool({"original", "gres"} & set(self.config.eval.protocols))
 
     def _figures(self, counts: Counts, types) -> dict:
         figures = {
@@ -271,10 +301,14 @@ def evaluate(workdir: str, config: ConfigDict | None = None) -> dict:
     """Evaluates the checkpoint of a run on `config.data.eval_splits`; prints a table and writes `results.json`."""
     trained = load_trained(workdir, config)
     config, mesh = trained.config, trained.mesh
-    step = jit_eval_step(trained.network, trained.param_shardings, mesh)
+    check_batch_size("eval", config, mesh)
+    step = jit_eval_step(trained.network, trained.shardings, mesh)
     evaluator = Evaluator(step, trained.tokenizer, config, mesh)
     results = {
-        split: evaluator(trained.params, split, config.eval.examples)[0] for split in config.data.eval_splits
+        split: evaluator(
+            trained.variables, split, config.eval.examples, csv_file=csv_path(workdir, split, config)
+        )[0]
+        for split in config.data.eval_splits
     }
     if jax.process_index() == 0:
         write_json(Path(workdir) / "results.json", results)
@@ -282,10 +316,24 @@ def evaluate(workdir: str, config: ConfigDict | None = None) -> dict:
     return results
 
 
-def jit_eval_step(network, param_shardings, mesh: Mesh) -> Callable:
+def check_batch_size(section: str, config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError where the batches of 'data' or 'eval' cannot be divided over the devices."""
+    size = config[section].batch_size
+    if size < 1 or size % mesh.size:
+        raise UserError(
+            f"config.{section}.batch_size is {size}; expected a multiple of the {mesh.size} devices"
+        )
+
+
+def csv_path(workdir: str | Path, split: str, config: ConfigDict) -> Path | None:
+    """Where the lines of a split's expressions go, or None."""
+    return Path(workdir) / "expressions" / f"{split}.csv" if config.eval.per_expression else None
+
+
+def jit_eval_step(network, shardings, mesh: Mesh) -> Callable:
     """The compiled evaluation step; outputs are small and go to every device."""
     return jax.jit(
         make_eval_step(network),
-        in_shardings=(param_shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=replicated(mesh),
     )

@@ -28,10 +28,11 @@ class Log:
             self.history.truncate(start_step)
             self._board = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
 
-    def say(self, line: str) -> None:
-        """Prints one line."""
+    def say(self, *lines: str) -> None:
+        """Prints lines."""
         if self.active:
-            print(line, flush=True)
+            for line in lines:
+                print(line, flush=True)
 
     def start_clock(self, step: int) -> None:
         """Speed is measured from here: after compiling, an evaluation, a checkpoint."""

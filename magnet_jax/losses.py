@@ -36,6 +36,20 @@ def binary_cross_entropy(logits: jax.Array, target: jax.Array, weight: jax.Array
     return _mean(loss.mean((1, 2)), weight)
 
 
+def weighted_cross_entropy(
+    logits: jax.Array, target: jax.Array, weight: jax.Array, class_weights: tuple[float, float]
+) -> jax.Array:
+    """Cross-entropy of two classes a pixel, mean over all pixels by the weight of their class (LAVT's loss).
+
+    logits `[B, H, W]` (object minus background), target `[B, H, W]` of {0, 1}, weight `[B]`; class weights of
+    background and object. Spec section 8.
+    """
+    logits, target = logits.astype(jnp.float32), target.astype(jnp.float32)
+    background, present = class_weights
+    pixels = jnp.where(target > 0, present, background) * weight[:, None, None]
+    return _mean(jax.nn.softplus(jnp.where(target > 0, -logits, logits)), pixels)
+
+
 def dice(logits: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
     """1 - (2 sum(s y) + 1) / (sum(s) + sum(y) + 1) per sample, then the mean. Shapes as `binary_cross_entropy`."""
     probability = jax.nn.sigmoid(logits.astype(jnp.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,41 +13,53 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
-from magnet_jax.models import MagNet, MaskGrounding
+from magnet_jax.models import Lavt, MagNet, MaskGrounding, Output, TextProjection
 
-MODELS = {"magnet": MagNet}
+MODELS = {"magnet": MagNet, "lavt": Lavt}
 
 
 @dataclass(frozen=True)
 class Network:
-    """`model` segments; `grounding` predicts masked words during training, None when its loss is switched off.
+    """`model` segments; the heads serve training and are None where their losses are switched off.
 
-    `grounding_stage` (1 to 4) is the stage whose features it reads. Parameters are `{'model': ..., 'grounding': ...}`.
+    `grounding` predicts masked words from the features of stage `grounding_stage` (1 to 4); `text_projection` is for the
+    alignment loss of a model that has no text embedding of its own. Variables are `{'params': {'model': ..., head:
+    ...}, 'batch_stats': {...}}`, the latter empty for a model without BatchNorm.
     """
 
     model: nn.Module
     grounding: MaskGrounding | None = None
     grounding_stage: int = 4
+    text_projection: TextProjection | None = None
 
     def init(self, key: jax.Array, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Initial parameters for batches shaped like `batch` (arrays or shapes; only the first example is looked at)."""
+        """Initial variables for batches shaped like `batch` (arrays or shapes; only the first example is looked at)."""
         image, ids = (
             jnp.zeros((1, *batch[name].shape[1:]), batch[name].dtype) for name in ("image", "text_ids")
         )
-        model_key, grounding_key = jax.random.split(key)
-        output, variables = self.model.init_with_output(model_key, image, ids, jnp.ones_like(ids))
+        words = jnp.ones_like(ids)
+        model_key, grounding_key, projection_key = jax.random.split(key, 3)
+        output, variables = self.model.init_with_output(model_key, image, ids, words)
         params = {"model": variables["params"]}
         if self.grounding is not None:
-            mask = jnp.zeros(image.shape[:3])
             params["grounding"] = self.grounding.init(
                 grounding_key,
                 output.word_features,
-                jnp.ones_like(ids),
+                words,
                 output.stage_features[self.grounding_stage - 1],
-                mask,
+                jnp.zeros(image.shape[:3]),
                 output.word_embedding,
             )["params"]
-        return params
+        if self.text_projection is not None:
+            channels = output.mask_features.shape[-1]
+            projection = self.text_projection.init(projection_key, output.word_features, words, channels)
+            params["text_projection"] = projection["params"]
+        return {"params": params, "batch_stats": variables.get("batch_stats", {})}
+
+    def apply(self, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> Output:
+        """The model on a batch, as evaluation and prediction use it."""
+        of_model = {"params": variables["params"]["model"], "batch_stats": variables["batch_stats"]}
+        return self.model.apply(of_model, batch["image"], batch["text_ids"], batch["text_mask"])
 
 
 def build_model(config: ConfigDict) -> nn.Module:
@@ -57,22 +70,36 @@ def build_model(config: ConfigDict) -> nn.Module:
         raise UserError(f"config.model.name is '{name}'; expected one of {', '.join(MODELS)}")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"config.model.dtype is '{dtype}'; expected 'float32' or 'bfloat16'")
+    known = {field.name for field in dataclasses.fields(MODELS[name])} - {"parent", "name"}
+    if foreign := sorted(set(fields) - known):
+        raise UserError(
+            f"config.model has fields that '{name}' has not: {', '.join(foreign)}; start from a configuration of its own"
+        )
     return MODELS[name](**_tuples(fields), dtype=jnp.dtype(dtype))
 
 
 def build_network(config: ConfigDict) -> Network:
-    """The model of a whole configuration and, where the grounding loss has a weight, its head.
+    """The model of a whole configuration and the heads of those losses that have a weight.
 
-    Raises `UserError` for what `build_model` refuses and for a grounding stage that does not exist.
+    Raises `UserError` for what `build_model` refuses, a grounding stage that does not exist and a loss that the model
+    cannot have.
     """
-    model = build_model(config.model)
-    if not config.loss.grounding:
-        return Network(model)
-    fields = config.grounding_head.to_dict()
-    stage = fields.pop("stage")
-    if stage not in (1, 2, 3, 4):
-        raise UserError(f"config.grounding_head.stage is {stage}; expected 1 (fine) to 4 (coarse)")
-    return Network(model, MaskGrounding(**fields, dtype=jnp.dtype(config.model.dtype)), stage)
+    model, dtype = build_model(config.model), jnp.dtype(config.model.dtype)
+    if config.loss.class_ and not model.has_class_logits:
+        raise UserError(
+            f"config.loss.class_ is {config.loss.class_}, but '{config.model.name}' has no class logits; set it to 0"
+        )
+    network = Network(model)
+    if config.loss.grounding:
+        fields = config.grounding_head.to_dict()
+        stage = fields.pop("stage")
+        if stage not in (1, 2, 3, 4):
+            raise UserError(f"config.grounding_head.stage is {stage}; expected 1 (fine) to 4 (coarse)")
+        head = MaskGrounding(**fields, dtype=dtype)
+        network = dataclasses.replace(network, grounding=head, grounding_stage=stage)
+    if config.loss.alignment and not model.has_text_embedding:
+        network = dataclasses.replace(network, text_projection=TextProjection(dtype))
+    return network
 
 
 def _tuples(value):

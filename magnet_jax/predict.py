@@ -38,13 +38,7 @@ class Predictor:
 
     def __init__(self, trained: Trained):
         self.trained = trained
-        model = trained.network.model
-
-        def logits(params, image, text_ids, text_mask):
-            output = model.apply({"params": params["model"]}, image, text_ids, text_mask, train=False)
-            return output.mask_logits
-
-        self._logits = jax.jit(logits)
+        self._logits = jax.jit(lambda variables, batch: trained.network.apply(variables, batch).mask_logits)
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, config: ConfigDict | None = None) -> "Predictor":
@@ -64,13 +58,14 @@ class Predictor:
         side = self.trained.config.data.image_size
         pixels = ops.prepare_image(image, (side, side))
         batch_size = min(batch_size, len(texts))
-        batch = np.broadcast_to(pixels, (batch_size, *pixels.shape))
+        images = np.broadcast_to(pixels, (batch_size, *pixels.shape))
         predictions = []
         for start in range(0, len(texts), batch_size):
             rows = np.minimum(
                 np.arange(start, start + batch_size), len(texts) - 1
             )  # The last batch repeats a row.
-            logits = np.asarray(self._logits(self.trained.params, batch, ids[rows], words[rows]))
+            batch = {"image": images, "text_ids": ids[rows], "text_mask": words[rows]}
+            logits = np.asarray(self._logits(self.trained.variables, batch))
             for text, small in zip(texts[start : start + batch_size], logits, strict=False):
                 predictions.append(_prediction(text, upsample(small, (image.height, image.width))))
         return predictions

@@ -15,19 +15,20 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import input_pipeline
-from input_pipeline import Loader, Tokenizer
+from input_pipeline import Loader
 from input_pipeline.device import prefetch_to_device
 from magnet_jax import visualize
 from magnet_jax import workdir as run_files
 from magnet_jax.checkpoint import Checkpointer
 from magnet_jax.errors import UserError
-from magnet_jax.evaluate import Evaluator, jit_eval_step, table
+from magnet_jax.evaluate import Evaluator, check_batch_size, csv_path, jit_eval_step, table
+from magnet_jax.initial import fill, load_initial
 from magnet_jax.log import Log, flatten
 from magnet_jax.network import build_network
 from magnet_jax.optim import make_optimizer
 from magnet_jax.sharding import batch_sharding, make_mesh, replicated, state_sharding
 from magnet_jax.train_step import init_state, make_train_step
-from magnet_jax.trained import batch_shapes, with_vocabulary
+from magnet_jax.trained import batch_shapes, prepare
 
 
 def train(config: ConfigDict, workdir: str) -> dict:
@@ -39,12 +40,13 @@ def train(config: ConfigDict, workdir: str) -> dict:
     # ------------------------------------------------------------------------------------------------ run directory
     workdir = Path(workdir)
     first_process = jax.process_index() == 0
-    tokenizer = Tokenizer(config.data.vocab, config.data.max_words)
-    config = with_vocabulary(config, tokenizer)
-    if (workdir / "config.json").exists():
+    own = run_files.load_config(workdir) if run_files.is_run(workdir) else None
+    config, tokenizer, changes = prepare(config, own)
+    if own is not None:
         run_files.check_same_config(workdir, config)
     mesh = make_mesh(config.mesh)
-    check_batch_sizes(config, mesh)
+    check_batch_size("data", config, mesh)
+    check_batch_size("eval", config, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
 
     # --------------------------------------------------------------------------------------------------------- data
@@ -79,11 +81,13 @@ def train(config: ConfigDict, workdir: str) -> dict:
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-    evaluator = Evaluator(jit_eval_step(network, shardings.params, mesh), tokenizer, config, mesh)
+    evaluator = Evaluator(jit_eval_step(network, shardings.variables, mesh), tokenizer, config, mesh)
     check_best_metric(config, evaluator.figure_names())
 
+    arrays, loaded = load_initial(shapes.variables, config) if own is None else ({}, [])
+
     # Only now, when nothing in the configuration was refused; config.json last, since it says that here is a run.
-    if first_process and not (workdir / "config.json").exists():
+    if first_process and own is None:
         tokenizer.save(workdir / "tokenizer")
         run_files.save_config(workdir, config)
 
@@ -105,6 +109,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
             compiled = pool.submit(lambda: train_step.lower(shapes, batch_shapes(config)).compile())
         if not start_step:
             state = jax.jit(init, out_shardings=shardings)()
+            if own is not None:  # Stopped before its first checkpoint.
+                arrays, loaded = load_initial(shapes.variables, config)
+            state = state.replace(**fill(state.variables, arrays))
+            log.say(*changes, *loaded)
     if start_step < total_steps:
         train_step = compiled.result()
 
@@ -154,7 +162,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
             score = None
             if config.train.eval_every and step % config.train.eval_every == 0 and step < total_steps:
                 results, pictures = evaluator(
-                    state.params, config.data.monitor_split, config.eval.monitor_examples, config.eval.panels
+                    state.variables,
+                    config.data.monitor_split,
+                    config.eval.monitor_examples,
+                    config.eval.panels,
                 )
                 score = best_score(results, config)
                 log.evaluation(step, config.data.monitor_split, results, best=score > best)
@@ -178,7 +189,9 @@ def train(config: ConfigDict, workdir: str) -> dict:
     checkpointer.wait()
     results = {}
     for split in config.data.eval_splits:
-        results[split], pictures = evaluator(state.params, split, config.eval.examples, config.eval.panels)
+        results[split], pictures = evaluator(
+            state.variables, split, config.eval.examples, config.eval.panels, csv_path(workdir, split, config)
+        )
         log.evaluation(total_steps, split, results[split])
         write_panels(log, workdir, total_steps, split, pictures)
     if first_process:
@@ -190,16 +203,6 @@ def train(config: ConfigDict, workdir: str) -> dict:
     log.close()
     checkpointer.close()
     return results
-
-
-def check_batch_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError where a batch cannot be divided over the devices."""
-    for name, size in (
-        ("data.batch_size", config.data.batch_size),
-        ("eval.batch_size", config.eval.batch_size),
-    ):
-        if size < 1 or size % mesh.size:
-            raise UserError(f"config.{name} is {size}; expected a multiple of the {mesh.size} devices")
 
 
 def check_best_metric(config: ConfigDict, figures: Collection[str]) -> None:

@@ -27,30 +27,38 @@ class TrainState:
 
     step: jax.Array  # int32 []
     params: Any
+    batch_stats: Any  # Running statistics; empty for a network without BatchNorm.
     opt_state: Any
     seed: jax.Array  # uint32 []
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What evaluation needs: `{'params': ..., 'batch_stats': ...}`."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def init_state(network: Network, tx: optax.GradientTransformation, seed: int, batch: Batch) -> TrainState:
     """The state at step 0 for batches shaped like `batch`; pure, so that it can be traced for shapes or sharded."""
-    params = network.init(jax.random.key(seed), batch)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.uint32(seed))
+    variables = network.init(jax.random.key(seed), batch)
+    opt_state = tx.init(variables["params"])
+    return TrainState(jnp.zeros((), jnp.int32), **variables, opt_state=opt_state, seed=jnp.uint32(seed))
 
 
 def segmentation_losses(output: Output, batch: Batch, config: ConfigDict) -> dict[str, jax.Array]:
-    """Deeply supervised BCE and dice of every prediction and the class loss of the last (spec section 7).
+    """BCE and dice of every prediction (deep supervision), the class loss and the pixel cross-entropy of the last.
 
-    A sample whose mask is empty has no object: class target 0 and no dice term.
+    A sample whose mask is empty has no object: class target 0 and no dice term. Spec sections 7 and 8.
     """
     weight = batch["valid"].astype(jnp.float32)
     present = batch["mask"].any((1, 2))
-    logits = jnp.concatenate([output.aux_mask_logits, output.mask_logits[None]])  # [predictions, B, h, w]
-    predictions, size = logits.shape[0], batch["mask"].shape[1:]
+    size = batch["mask"].shape[1:]
     terms = {}
     if config.bce or config.dice:
+        logits = output.mask_logits[None]  # [predictions, B, h, w]
+        if output.aux_mask_logits is not None:
+            logits = jnp.concatenate([output.aux_mask_logits, logits])
         if config.full_resolution:
-            flat = logits.reshape(-1, *logits.shape[2:], 1)
-            logits = resize_align_corners(flat, size)[..., 0].reshape(predictions, -1, *size)
+            logits = jax.vmap(lambda x: _resize(x, size))(logits)
         target = losses.area_reduce(batch["mask"], logits.shape[2:])
         if config.bce:
             bce = jax.vmap(losses.binary_cross_entropy, (0, None, None))(logits, target, weight)
@@ -62,10 +70,22 @@ def segmentation_losses(output: Output, batch: Batch, config: ConfigDict) -> dic
         terms["class"] = config.class_ * losses.class_cross_entropy(
             output.class_logits, present.astype(jnp.int32), weight
         )
+    if config.cross_entropy:
+        logits = _resize(output.mask_logits, size)
+        terms["cross_entropy"] = config.cross_entropy * losses.weighted_cross_entropy(
+            logits, batch["mask"], weight, config.class_weights
+        )
     return terms
 
 
-def alignment_losses(output: Output, batch: Batch, config: ConfigDict) -> dict[str, jax.Array]:
+def _resize(logits: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Mask logits `[B, h, w]` at the size of the image."""
+    return resize_align_corners(logits[..., None], size)[..., 0]
+
+
+def alignment_losses(
+    output: Output, text_embedding: jax.Array, batch: Batch, config: ConfigDict
+) -> dict[str, jax.Array]:
     """Pixel-to-pixel and pixel-to-text contrast at the configured stride (spec section 6)."""
     # Mask and features are averaged over the same cells, which cover the image.
     size = tuple(max(side // config.alignment_stride, 1) for side in batch["mask"].shape[1:])
@@ -75,21 +95,29 @@ def alignment_losses(output: Output, batch: Batch, config: ConfigDict) -> dict[s
     weight = batch["valid"].astype(jnp.float32)
     block = config.alignment_block or None
     pixel = losses.pixel_to_pixel(features, foreground, weight, tau=config.tau_pixel, block=block)
-    text = losses.pixel_to_text(features, output.text_embedding, foreground, weight, tau=config.tau_text)
+    text = losses.pixel_to_text(features, text_embedding, foreground, weight, tau=config.tau_text)
     return {"pixel_to_pixel": config.alignment * pixel, "pixel_to_text": config.alignment * text}
 
 
 def total_loss(
-    network: Network, params: Any, batch: Batch, key: jax.Array, config: ConfigDict
-) -> tuple[jax.Array, Metrics]:
-    """Sum of all weighted loss terms and the terms one by one. A weight of 0 removes a term and its computation."""
+    network: Network, params: Any, batch_stats: Any, batch: Batch, key: jax.Array, config: ConfigDict
+) -> tuple[jax.Array, tuple[Metrics, Any]]:
+    """Sum of all weighted loss terms; with it the terms one by one and the new running statistics.
+
+    A weight of 0 removes a term and its computation.
+    """
     mask_key, dropout_key, clean_key, head_key = jax.random.split(key, 4)
     ids, text_mask = batch["text_ids"], batch["text_mask"]
 
     def forward(ids, key):
-        rngs = {"dropout": key}
         return network.model.apply(
-            {"params": params["model"]}, batch["image"], ids, text_mask, train=True, rngs=rngs
+            {"params": params["model"], "batch_stats": batch_stats},
+            batch["image"],
+            ids,
+            text_mask,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
         )
 
     if config.grounding:
@@ -103,14 +131,22 @@ def total_loss(
             at_least_one=config.mask_at_least_one,
             sentences=config.mask_sentences,
         )
-        grounded = forward(masked_ids, dropout_key)
-        output = grounded if config.grounding_shared_pass else forward(ids, clean_key)
+        grounded, updates = forward(masked_ids, dropout_key)
+        output, updates = (grounded, updates) if config.grounding_shared_pass else forward(ids, clean_key)
     else:
-        output = forward(ids, dropout_key)
+        output, updates = forward(ids, dropout_key)
 
     terms = segmentation_losses(output, batch, config)
     if config.alignment:
-        terms |= alignment_losses(output, batch, config)
+        text_embedding = output.text_embedding
+        if network.text_projection is not None:
+            text_embedding = network.text_projection.apply(
+                {"params": params["text_projection"]},
+                output.word_features,
+                text_mask,
+                output.mask_features.shape[-1],
+            )
+        terms |= alignment_losses(output, text_embedding, batch, config)
     if config.grounding:
         logits = network.grounding.apply(
             {"params": params["grounding"]},
@@ -125,7 +161,8 @@ def total_loss(
         weight = batch["valid"].astype(jnp.float32)
         terms["grounding"] = config.grounding * losses.masked_words(logits, labels, weight)
     loss = sum(terms.values(), jnp.zeros(()))
-    return loss, {"loss": loss} | {f"loss/{name}": term for name, term in terms.items()}
+    metrics = {"loss": loss} | {f"loss/{name}": term for name, term in terms.items()}
+    return loss, (metrics, updates.get("batch_stats", {}))
 
 
 def maskable_words(text_mask: jax.Array) -> jax.Array:
@@ -146,35 +183,36 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         gradient_of = jax.value_and_grad(total_loss, argnums=1, has_aux=True)
-        (_, metrics), gradient = gradient_of(network, state.params, batch, key, config)
+        (_, (metrics, batch_stats)), gradient = gradient_of(
+            network, state.params, state.batch_stats, batch, key, config
+        )
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.global_norm(gradient)
         if schedule is not None:
             metrics["learning_rate"] = schedule(state.step)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        new = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
+        return new, metrics
 
     return train_step
 
 
 def make_eval_step(network: Network) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """The pure step `(params, batch) -> outputs`: mask logits `[B, h, w]`, class logits `[B, 2]`, intersection, union.
+    """The pure step `(variables, batch) -> outputs`: mask logits `[B, h, w]`, class logits `[B, 2]`, intersection, union.
 
     Intersection and union are int32 `[B]`, pixels at the model's size against `batch['mask']` (the `squash` protocol);
-    both are 0 for padded examples.
+    both are 0 for padded examples. A network without class logits never says that nothing matches.
     """
 
-    def eval_step(params: Any, batch: Batch) -> dict[str, jax.Array]:
-        output = network.model.apply(
-            {"params": params["model"]}, batch["image"], batch["text_ids"], batch["text_mask"]
-        )
-        full = resize_align_corners(output.mask_logits[..., None], batch["mask"].shape[1:])[..., 0]
+    def eval_step(variables: Any, batch: Batch) -> dict[str, jax.Array]:
+        output = network.apply(variables, batch)
         # sigmoid > 0.5 is a positive logit.
-        predicted, truth = full > 0, batch["mask"] > 0
+        predicted, truth = _resize(output.mask_logits, batch["mask"].shape[1:]) > 0, batch["mask"] > 0
         valid = batch["valid"][:, None, None]
+        class_logits = output.class_logits
         return {
             "mask_logits": output.mask_logits,
-            "class_logits": output.class_logits,
+            "class_logits": jnp.zeros((len(valid), 2)) if class_logits is None else class_logits,
             "intersection": (predicted & truth & valid).sum((1, 2), dtype=jnp.int32),
             "union": ((predicted | truth) & valid).sum((1, 2), dtype=jnp.int32),
         }

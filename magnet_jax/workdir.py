@@ -1,8 +1,9 @@
 """The run directory: configuration, history, results; each file is whole or absent.
 
-config.json  tokenizer/  checkpoints/  metrics.jsonl  results.json  curves.png  panels/  events.out.tfevents.*
+config.json  tokenizer/  checkpoints/  metrics.jsonl  results.json  expressions/  curves.png  panels/  events.out.tfevents.*
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -24,21 +25,28 @@ _FREE += (
 )
 
 
-def write_atomically(path: str | Path, data: bytes | str) -> None:
-    """Writes a file whole or not at all; raises OSError and leaves no temporary file."""
+@contextlib.contextmanager
+def replacing(path: str | Path):
+    """A temporary path beside `path`, which takes its place where the block succeeds and vanishes where it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield Path(name)
         os.chmod(name, 0o644)  # mkstemp makes files private.
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
         raise
+
+
+def write_atomically(path: str | Path, data: bytes | str) -> None:
+    """Writes a file whole or not at all; raises OSError and leaves no temporary file."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: str | Path, content) -> None:
@@ -51,10 +59,15 @@ def save_config(workdir: str | Path, config: ConfigDict) -> None:
     write_json(Path(workdir) / "config.json", config.to_dict())
 
 
+def is_run(workdir: str | Path) -> bool:
+    """Whether a directory holds a run."""
+    return (Path(workdir) / "config.json").exists()
+
+
 def load_config(workdir: str | Path) -> ConfigDict:
     """The configuration of a run; raises UserError where there is none."""
     path = Path(workdir) / "config.json"
-    if not path.exists():
+    if not is_run(workdir):
         raise UserError(
             f"no run in '{workdir}' (config.json is missing); train first or give another --workdir"
         )

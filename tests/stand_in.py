@@ -78,7 +78,7 @@ def loss_config(**fields):
 
 def random_params(network, batch, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), batch))
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), batch))["params"]
 
     def values(shape):
         fan_in = np.prod(shape.shape[:-1]) if len(shape.shape) > 1 else 25
@@ -94,8 +94,8 @@ KEY = jax.random.key(5)
 def evaluate(params, config, batch=BATCH, key=KEY, network=None):
     """Metrics and gradient of the stand-in."""
     network = network or stand_in()
-    run = jax.jit(lambda p, b, k: jax.grad(total_loss, 1, has_aux=True)(network, p, b, k, config))
-    gradient, metrics = run(params, batch, key)
+    run = jax.jit(lambda p, b, k: jax.grad(total_loss, 1, has_aux=True)(network, p, {}, b, k, config))
+    gradient, (metrics, _) = run(params, batch, key)
     return {name: float(value) for name, value in metrics.items()}, gradient
 
 

@@ -23,7 +23,8 @@ def init(width=1024):
     keys = jax.random.split(jax.random.key(0), 2)
     params = {"layer": {"kernel": jax.random.normal(keys[0], (2048, width)), "bias": jnp.zeros(width)}}
     params["half"] = jax.random.normal(keys[1], (3,), jnp.bfloat16)
-    return TrainState(jnp.int32(7), params, TX.init(params), jnp.uint32(5))
+    stats = {"norm": {"mean": jnp.arange(3.0)}}
+    return TrainState(jnp.int32(7), params, stats, TX.init(params), jnp.uint32(5))
 
 
 def placed(tactic):
@@ -56,21 +57,23 @@ def test_restores_every_bit_onto_any_placement(saved, tactic):
     assert kernel.sharding.spec == (PartitionSpec("data", None) if tactic == "fsdp" else PartitionSpec())
 
 
-def test_parameters_alone(saved):
+def test_variables_alone(saved):
     workdir, state = saved
     shapes, shardings = placed("replicate")
-    params, step = Checkpointer(workdir, read_only=True).restore_params(shapes.params, shardings.params)
+    found, step = Checkpointer(workdir, read_only=True).restore_variables(
+        shapes.variables, shardings.variables
+    )
     assert step == 7
-    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, found, state.variables)
 
 
 def test_all_differing_arrays_are_listed_in_one_line(saved):
     workdir, _ = saved
-    shapes = jax.eval_shape(lambda: init(width=8)).params
-    shapes["new"] = shapes.pop("half")
+    shapes = jax.eval_shape(lambda: init(width=8)).variables
+    shapes["params"]["new"] = shapes["params"].pop("half")
     shardings = state_sharding(shapes, MESH, ((".*", "replicate"),))
     with pytest.raises(UserError) as error:
-        Checkpointer(workdir, read_only=True).restore_params(shapes, shardings)
+        Checkpointer(workdir, read_only=True).restore_variables(shapes, shardings)
     message = str(error.value)
     assert "\n" not in message
     assert "4 arrays" in message
@@ -112,9 +115,11 @@ def test_no_checkpoint_is_one_line(tmp_path):
     shapes, shardings = placed("replicate")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no checkpoint in"):
-        Checkpointer(tmp_path, read_only=True).restore_params(shapes.params, shardings.params)
+        Checkpointer(tmp_path, read_only=True).restore_variables(shapes.variables, shardings.variables)
     with pytest.raises(UserError, match=r"config.checkpoint.load is 'newest'"):
-        Checkpointer(tmp_path, read_only=True).restore_params(shapes.params, shardings.params, "newest")
+        Checkpointer(tmp_path, read_only=True).restore_variables(
+            shapes.variables, shardings.variables, "newest"
+        )
 
 
 def test_best_is_loaded_on_demand(tmp_path):
@@ -126,8 +131,10 @@ def test_best_is_loaded_on_demand(tmp_path):
         checkpointer.save(step, changed, {}, score)
     checkpointer.wait()
     for which, step in (("best", 2), ("latest", 4)):
-        params, found = Checkpointer(tmp_path, read_only=True).restore_params(
-            shapes.params, shardings.params, which
+        variables, found = Checkpointer(tmp_path, read_only=True).restore_variables(
+            shapes.variables, shardings.variables, which
         )
         assert found == step
-        np.testing.assert_array_equal(params["layer"]["kernel"], state.params["layer"]["kernel"] * step)
+        np.testing.assert_array_equal(
+            variables["params"]["layer"]["kernel"], state.params["layer"]["kernel"] * step
+        )

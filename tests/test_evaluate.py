@@ -1,12 +1,16 @@
 """Evaluation: protocols, controls and resizing against independent forms; independence of batching."""
 
+import csv
+
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import input_pipeline
 from input_pipeline import Tokenizer, masks
 from magnet_jax.evaluate import Evaluator, other_pairs, table, upsample
 from magnet_jax.sharding import make_mesh
+from tests.test_input_pipeline_refer import TWO, write_tree
 from tests.tiny import tiny_config
 
 MESH = make_mesh((("data", -1),))
@@ -158,3 +162,45 @@ def test_table_shows_every_figure():
         (line,) = [line for line in text.splitlines() if line.split()[:1] == [kind]][:1]
         assert f"{figures['oIoU']:.2f}" in line
     assert results["squash"]["count"] == 10
+
+
+def test_a_line_for_every_expression(tmp_path):
+    evaluator = Evaluator(text_step, tokenizer(), config_with(), MESH)
+    results, _ = evaluator(None, "val", csv_file=tmp_path / "new" / "val.csv")
+    with open(tmp_path / "new" / "val.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    records = input_pipeline.load("shapes", "val", seed=0, **config_with().data.options)
+    assert [row["sentence"] for row in rows] == list(records.texts)
+    assert [int(row["sentence_id"]) for row in rows] == records.sentence_ids.tolist()
+    assert [int(row["object_id"]) for row in rows] == [record.object_id for record in records]
+    assert [int(row["image_id"]) for row in rows] == [record.image_id for record in records]
+    for protocol in ("squash", "original"):
+        i, u = (np.array([int(row[f"{protocol} {figure}"]) for row in rows]) for figure in "IU")
+        assert 100 * i.sum() / u.sum() == pytest.approx(results[protocol]["oIoU"])
+        iou = [float(row[f"{protocol} IoU"]) for row in rows]
+        assert 100 * np.mean(iou) == pytest.approx(results[protocol]["mIoU"], abs=1e-4)
+    evaluator = Evaluator(text_step, tokenizer(), config_with(eval__protocols=("squash",)), MESH)
+    evaluator(None, "val", csv_file=tmp_path / "squash.csv")
+    assert "original" not in (tmp_path / "squash.csv").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_a_refer_tree_under_both_ground_truth_rules(tmp_path, batch_size):
+    """Its first object has two polygons that overlap: background for 'squash', object for 'original'."""
+    config = config_with(eval__batch_size=batch_size)
+    config.data.source = "refer"
+    config.data.options = ConfigDict({"root": str(write_tree(tmp_path))})
+    config.data.image_size = 40
+    results, _ = Evaluator(truth_step, tokenizer(), config, MESH)(None, "val", csv_file=tmp_path / "val.csv")
+    assert results["squash"]["count"] == 3
+    assert results["squash"]["oIoU"] == 100.0
+    with open(tmp_path / "val.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["object_id"], row["sentence_id"]) for row in rows] == [("7", "70"), ("7", "71"), ("9", "90")]
+    union = int(masks.decode(TWO, 40, 60, "union").sum())
+    exactly_one = int(masks.decode(TWO, 40, 60, "exactly_one").sum())
+    assert int(rows[0]["original U"]) >= union
+    # The answer is upsampled from 40 x 40, so that its pixels are the rule's own only up to the border.
+    assert float(rows[0]["original IoU"]) == pytest.approx(exactly_one / union, abs=0.1)
+    assert float(rows[2]["original IoU"]) > 0.85
+    assert results["original"]["oIoU"] < 95

@@ -109,7 +109,9 @@ def test_muon_equals_optax_matrix_by_matrix():
 def test_muon_moves_the_linear_layers_of_the_network():
     config = debug.get_config()
     config.model.bert.vocab_size, config.loss.mask_id = 40, 4
-    shapes = jax.eval_shape(lambda: build_network(config).init(jax.random.key(0), batch_shapes(config)))
+    shapes = jax.eval_shape(lambda: build_network(config).init(jax.random.key(0), batch_shapes(config)))[
+        "params"
+    ]
     labels = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(muon_labels(shapes, 0))}
     assert labels["model/text/layer_0/query/kernel"] == labels["grounding/head/kernel"] == "muon"
     adam = {name for name, label in labels.items() if label == "adam"}
@@ -120,7 +122,9 @@ def test_muon_moves_the_linear_layers_of_the_network():
 def test_no_decay_on_norms_biases_and_position_biases_of_the_network():
     config = debug.get_config()
     config.model.bert.vocab_size, config.loss.mask_id = 40, 4
-    shapes = jax.eval_shape(lambda: build_network(config).init(jax.random.key(0), batch_shapes(config)))
+    shapes = jax.eval_shape(lambda: build_network(config).init(jax.random.key(0), batch_shapes(config)))[
+        "params"
+    ]
     mask = decay_mask(shapes, config.optimizer.no_decay)
     decayed, spared = set(), set()
     for path, value in jax.tree_util.tree_leaves_with_path(mask):

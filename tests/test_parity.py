@@ -24,13 +24,14 @@ def paths(name):
 
 
 def remembered(function):
-    """Keyed by the manifest's salt, since the arguments cannot be hashed."""
+    """Keyed by what tells the manifests apart, since the arguments cannot be hashed."""
     results = {}
 
     def call(manifest, *rest):
-        if manifest["salt"] not in results:
-            results[manifest["salt"]] = function(manifest, *rest)
-        return results[manifest["salt"]]
+        key = manifest["kind"], manifest["salt"]
+        if key not in results:
+            results[key] = function(manifest, *rest)
+        return results[key]
 
     return call
 
@@ -49,12 +50,15 @@ def load(name):
         return json.loads(Path(manifest).read_text()), dict(file)
 
 
-@pytest.mark.parametrize("name", ["magnet_micro", "magnet_odd"])
-def test_outputs(name):
+# LAVT's instance norms amplify rounding.
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("magnet_micro", 2e-5), ("magnet_odd", 2e-5), ("lavt_micro", 1e-4)]
+)
+def test_outputs(name, tolerance):
     manifest, reference = load(name)
     errors = parity.relative_errors(manifest, reference)
     assert set(errors) == set(reference) - {"input_ids", "attention_mask"}
-    assert {name: error for name, error in errors.items() if not error <= 2e-5} == {}
+    assert {name: error for name, error in errors.items() if not error <= tolerance} == {}
 
 
 def test_gradients():

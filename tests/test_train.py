@@ -44,7 +44,7 @@ def final_state(workdir, step=12):
     assert checkpointer.latest_step() == step
     saved = checkpointer._manager.restore(step)
     checkpointer.close()
-    return jax.tree.map(np.asarray, {"params": saved.params, "rest": saved.rest})
+    return jax.tree.map(np.asarray, {"variables": saved.variables, "rest": saved.rest})
 
 
 def assert_same_run(workdir, other):
@@ -233,6 +233,9 @@ def test_fields_that_leave_training_alone_may_change(finished):
             "squash/IoU",
             r"best_metric is 'squash/IoU'; expected one of squash/oIoU, squash/mIoU",
         ),
+        ("init.magnet", "nowhere", r"config.init.magnet is 'nowhere'.*convert weights with it first"),
+        ("init.swin", "nowhere", r"config.init.swin is 'nowhere'.*convert weights with it first"),
+        ("init.lavt", "nowhere", r"config.init.lavt does not fit config.model.name 'magnet'"),
         ("mesh", (("data", 3),), r"config.mesh is .* does not fit the 2 devices"),
         ("sharding", ((".*", "zero"),), r"tactic 'zero'; expected 'replicate' or 'fsdp'"),
     ],

@@ -42,7 +42,7 @@ def step(params):
     network, tx = stand_in(dropout=0.3), optax.sgd(0.1)
     config = loss_config(grounding_shared_pass=False)
     jitted = jax.jit(make_train_step(network, tx, config, lambda step: 0.5 * step))
-    return jitted, TrainState(jnp.int32(0), params, tx.init(params), jnp.uint32(0))
+    return jitted, TrainState(jnp.int32(0), params, {}, tx.init(params), jnp.uint32(0))
 
 
 def test_step_descends_along_the_gradient(step):
@@ -82,7 +82,7 @@ def test_randomness_follows_from_seed_and_step(step):
 def test_masking_differs_between_steps(params):
     """Without dropout masking alone is random."""
     config = loss_config(alignment=0.0, mask_ratio=0.5)
-    run = jax.jit(lambda key: total_loss(stand_in(), params, BATCH, key, config)[1]["loss/grounding"])
+    run = jax.jit(lambda key: total_loss(stand_in(), params, {}, BATCH, key, config)[1][0]["loss/grounding"])
     values = [float(run(jax.random.fold_in(jax.random.key(0), step))) for step in range(4)]
     assert len({round(value, 4) for value in values}) == 4
     assert float(run(jax.random.fold_in(jax.random.key(0), 2))) == values[2]
@@ -100,7 +100,8 @@ def test_initial_state_follows_its_seed():
 
 def test_eval_step_counts_overlap(params):
     valid = np.array([True, True, True, False])
-    result = jax.jit(make_eval_step(stand_in()))(params, BATCH | {"valid": valid})
+    variables = {"params": params, "batch_stats": {}}
+    result = jax.jit(make_eval_step(stand_in()))(variables, BATCH | {"valid": valid})
     output = output_of(params)
     np.testing.assert_allclose(result["mask_logits"], output.mask_logits, atol=1e-5)
     np.testing.assert_allclose(result["class_logits"], output.class_logits, atol=1e-5)
@@ -124,7 +125,7 @@ def sharded_step(network, params, devices):
         in_shardings=(replicated(mesh), batch_sharding(mesh)),
         out_shardings=replicated(mesh),
     )
-    state = TrainState(jnp.int32(3), params, tx.init(params), jnp.uint32(0))
+    state = TrainState(jnp.int32(3), params, {}, tx.init(params), jnp.uint32(0))
     batch = BATCH | {"valid": np.array([True, True, True, False])}
     new, metrics = jitted(state, batch)
     assert len(metrics["loss"].sharding.device_set) == len(devices)
@@ -171,5 +172,5 @@ def test_magnet_trains_on_two_devices():
 
     batch = BATCH | {"valid": np.array([True, True, True, False])}
     key = jax.random.fold_in(jax.random.key(0), 3)
-    alone = jax.jit(lambda p, b: total_loss(network, p, b, key, loss_config())[1])(params, batch)
+    alone = jax.jit(lambda p, b: total_loss(network, p, {}, b, key, loss_config())[1][0])(params, batch)
     assert {name: metrics[name] for name in alone} == pytest.approx(jax.tree.map(float, alone), rel=1e-4)

@@ -48,6 +48,8 @@ class PixelWordAttention(nn.Module):
             return y.reshape(*y.shape[:-1], self.heads, channels // self.heads)
 
         def dense(name):
+            if self.norm == "instance":  # A convolution of width 1 there, which starts otherwise.
+                return fan_in_dense(channels, channels, dtype=self.dtype, name=name)
             return nn.Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name=name)
 
         def drop(y):
@@ -184,3 +186,23 @@ class LanguageAlignment(nn.Module):
         language = instance_norm(dense(hidden, "output")(language), statistics)
         visual = gelu(dense(hidden, "visual")(words))
         return gelu(dense(hidden, "mixed")(visual * language)).astype(self.dtype)
+
+
+def mean_of_words(words: jax.Array, word_mask: jax.Array) -> jax.Array:
+    """Mean over real words: words `[B, L, T]`, word_mask `[B, L]` of {0, 1} -> `[B, T]`."""
+    weight = word_mask[..., None].astype(words.dtype)
+    return (words * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
+
+
+class TextProjection(nn.Module):
+    """The sentence in the space of mask features, for the alignment loss (section 6).
+
+    words `[B, L, T]`, word_mask `[B, L]` of {0, 1} -> `[B, channels]`.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, words, word_mask, channels: int):
+        dense = fan_in_dense(channels, words.shape[-1], dtype=self.dtype, name="dense")
+        return dense(mean_of_words(words, word_mask))

@@ -6,43 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
-import jax
 import jax.numpy as jnp
 
-from magnet_jax.models.alignment import Gate, ImageAlignment, LanguageAlignment
+from magnet_jax.models.alignment import Gate, ImageAlignment, LanguageAlignment, mean_of_words
 from magnet_jax.models.bert import Bert, attention_bias
 from magnet_jax.models.layers import LayerNorm, fan_in_dense, gelu
 from magnet_jax.models.mask_predictor import MaskPredictor
+from magnet_jax.models.output import Output
 from magnet_jax.models.pixel_decoder import PixelDecoder
 from magnet_jax.models.swin import Swin
-
-
-@flax.struct.dataclass
-class Output:
-    """What a network of this kind returns; B batch, L words, T text width, h x w the mask resolution (stride 4).
-
-    Logits are float32; features have the compute dtype.
-    """
-
-    mask_logits: jax.Array  # [B, h, w]
-    class_logits: jax.Array  # [B, 2]: nothing matches, object present
-    aux_mask_logits: jax.Array  # [predictions before the last, B, h, w]
-    aux_class_logits: jax.Array  # [predictions before the last, B, 2]
-    mask_features: jax.Array  # [B, h, w, C]
-    word_features: jax.Array  # [B, L, T], after the last language fusion
-    text_embedding: jax.Array  # [B, C]: the sentence in the space of the mask features
-    stage_features: tuple[jax.Array, ...]  # four maps [B, H, W, C], fine to coarse
-    # Normalised fused features of every stage; nothing here reads them, training heads may.
-    image_context: tuple[jax.Array, ...]  # [B, H, W, C]
-    word_context: tuple[jax.Array, ...]  # [B, L, T]; empty without the alignment module
-    word_embedding: jax.Array  # [V, T], the language encoder's table
-
-
-def mean_of_words(words: jax.Array, word_mask: jax.Array) -> jax.Array:
-    """Mean over real words: words `[B, L, T]`, word_mask `[B, L]` of {0, 1} -> `[B, T]`."""
-    weight = word_mask[..., None].astype(words.dtype)
-    return (words * weight).sum(1) / jnp.maximum(weight.sum(1), 1)
 
 
 class MagNet(nn.Module):
@@ -64,6 +36,7 @@ class MagNet(nn.Module):
     language_fusion: str = "masked"  # or 'released', which published weights need
     gate_init: str = "open"  # or 'released'
     dtype: Any = jnp.float32
+    has_class_logits = has_text_embedding = True
 
     def setup(self):
         dtype = self.dtype
