@@ -145,9 +145,9 @@ from configs import common, debug
 def get_config():
     c = debug.get_config()
     c.model.swin.update(embed_dim=8, depths=(1, 2, 1, 1), heads=(1, 1, 2, 2), window=4)
-    c.model.bert.update(hidden=64, heads=2, intermediate=12, max_positions=24)
+    c.model.bert.update(hidden=64, heads=2, intermediate=12, max_positions=24, splits=(1, 2, 3, 4))
     c.model.pixel_decoder.update(channels=32, heads=4, points=8, feedforward=16)
-    c.model.mask_predictor.update(heads=2, feedforward=16)
+    c.model.mask_predictor.update(heads=2, feedforward=16, layers=2)
     c.model.pyramids = (1, 2, 3, 6)
     return c
 """
