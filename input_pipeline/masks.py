@@ -46,6 +46,51 @@ def encode(mask: np.ndarray) -> dict:
     return coco_mask.encode(np.asfortranarray(mask, np.uint8))
 
 
+def outline(mask: np.ndarray) -> list[list[float]] | None:
+    """Polygons along the corners of a mask's pixels, from which `decode` makes the same mask.
+
+    Args:
+        mask: 0/1 [H, W].
+    Returns:
+        One polygon [x0, y0, x1, y1, ...] for each piece; None for a mask with holes or with pieces that touch at a
+        corner only, which polygons cannot tell.
+    """
+    filled = np.pad(np.asarray(mask, bool), 1)
+    inside = filled[1:-1, 1:-1]
+    # Edges of foreground pixels that face background, walked with the foreground on the right: (start, end) corners.
+    sides = (
+        (filled[:-2, 1:-1], (0, 0), (1, 0)),  # above
+        (filled[1:-1, 2:], (1, 0), (1, 1)),  # to the right
+        (filled[2:, 1:-1], (1, 1), (0, 1)),  # below
+        (filled[1:-1, :-2], (0, 1), (0, 0)),  # to the left
+    )
+    following: dict[tuple[int, int], tuple[int, int]] = {}
+    for neighbour, start, end in sides:
+        for y, x in zip(*np.nonzero(inside & ~neighbour), strict=True):
+            corner = int(x) + start[0], int(y) + start[1]
+            if corner in following:
+                return None
+            following[corner] = int(x) + end[0], int(y) + end[1]
+    polygons = []
+    while following:
+        first = corner = next(iter(following))
+        loop = []
+        while corner in following:
+            loop.append(corner)
+            corner = following.pop(corner)
+        assert corner == first
+        x, y = np.array(loop).T
+        if (x * np.roll(y, -1) - np.roll(x, -1) * y).sum() < 0:  # Twice the area: negative around a hole.
+            return None
+        turns = [i for i, at in enumerate(loop) if not _straight(loop[i - 1], at, loop[(i + 1) % len(loop)])]
+        polygons.append([float(value) for i in turns for value in loop[i]])
+    return polygons
+
+
+def _straight(before: tuple[int, int], at: tuple[int, int], after: tuple[int, int]) -> bool:
+    return (at[0] - before[0], at[1] - before[1]) == (after[0] - at[0], after[1] - at[1])
+
+
 def _to_rle(part: list | dict, height: int, width: int) -> dict:
     if isinstance(part, dict) and set(part) >= {"size", "counts"}:
         return coco_mask.frPyObjects(part, height, width) if isinstance(part["counts"], list) else part

@@ -187,7 +187,7 @@ class _Source:
 
 _SOURCES: dict[str, _Source] = {}
 # Modules of this package that register a source; imported when the registry is first asked.
-_MODULES = ("refer", "shapes")
+_MODULES = ("grefcoco", "jsonl", "refer", "shapes")
 
 
 def source(name: str, splits: Callable[..., tuple[str, ...]]) -> Callable:

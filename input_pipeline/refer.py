@@ -45,54 +45,127 @@ def load(
     Raises DataError for files that are missing, are not what they should be, or contradict each other.
     """
     del seed
-    if not root:
-        raise DataError("config.data.options.root is missing; give the folder with 'refcoco' and 'images'")
-    folder = Path(root) / dataset
-    refs_file, instances_file = folder / f"refs({partition}).p", folder / "instances.json"
-    refs = [ref for ref in read_refs(refs_file) if _get(ref, "split", str, refs_file) == split]
-    if not refs:
-        raise DataError(f"{refs_file}: no object of split '{split}'")
-    images, annotations = _read_instances(instances_file)
-    find_image = _image_finder(Path(root))
+    tree = Tree(root, dataset)
+    refs_file = tree.folder / f"refs({partition}).p"
+    columns = Columns()
+    for ref in read_refs(refs_file):
+        if get(ref, "split", str, refs_file) != split:
+            continue
+        image_id, object_id = get(ref, "image_id", int, refs_file), get(ref, "ann_id", int, refs_file)
+        image, size = tree.image(image_id, refs_file), tree.size(image_id, refs_file)
+        columns.add(image, size, image_id, tree.segmentation(object_id, refs_file), object_id, ref, refs_file)
+    return columns.records(split, refs_file)
 
-    image_rows: dict[int, int] = {}
-    image_paths, sizes = [], []
-    segmentations, object_images, object_ids = [], [], []
-    texts, types, objects, sentence_ids = [], [], [], []
-    for ref in refs:
-        image_id, object_id = _get(ref, "image_id", int, refs_file), _get(ref, "ann_id", int, refs_file)
-        if image_id not in images or object_id not in annotations:
-            what = f"image_id {image_id}" if image_id not in images else f"ann_id {object_id}"
+
+class Tree:
+    """The annotations and pictures of one data set of a REFER tree.
+
+    Raises DataError where a file is missing or is not what it should be, and, naming the file of references that
+    asks, for an image or object that is not there.
+    """
+
+    def __init__(self, root: str, dataset: str):
+        if not root:
             raise DataError(
-                f"{refs_file}: {what} is not in {instances_file}; the two must come from one download"
+                "config.data.options.root is missing; give the folder with the data set and 'images'"
             )
-        if image_id not in image_rows:
-            image = images[image_id]
-            image_rows[image_id] = len(image_paths)
-            image_paths.append(find_image(_get(image, "file_name", str, instances_file), instances_file))
-            size = [_get(image, key, int, instances_file) for key in ("height", "width")]
-            sizes.append(size)
-        for sentence in _get(ref, "sentences", list, refs_file):
-            texts.append(_get(sentence, "raw", str, refs_file))
-            types.append(str(sentence.get("type", "")))  # Of trees that are written here.
-            sentence_ids.append(_get(sentence, "sent_id", int, refs_file))
-            objects.append(len(segmentations))
-        segmentations.append(_get(annotations[object_id], "segmentation", (list, dict), instances_file))
-        object_images.append(image_rows[image_id])
-        object_ids.append(object_id)
-    return Records(
-        split=split,
-        images=image_paths,
-        sizes=np.array(sizes, np.int32).reshape(-1, 2),
-        image_ids=np.array(list(image_rows), np.int64),
-        segmentations=segmentations,
-        object_images=np.array(object_images, np.int64),
-        object_ids=np.array(object_ids, np.int64),
-        texts=texts,
-        types=types,
-        objects=np.array(objects, np.int64),
-        sentence_ids=np.array(sentence_ids, np.int64),
-    )
+        self.root, self.folder = Path(root), Path(root) / dataset
+        self._file = self.folder / "instances.json"
+        self._images, self._annotations = _read_instances(self._file)
+        self._pictures: Path | None = None
+
+    def image(self, number: int, asking: Path) -> str:
+        """Path of an image, in the folder that has the first one that is asked for."""
+        name = get(self._image(number, asking), "file_name", str, self._file)
+        if Path(name).name != name:
+            raise DataError(
+                f"{self._file}: file_name '{name}' is not a plain name; it must not lead elsewhere"
+            )
+        short = name.removeprefix(_PREFIX)
+        paths = [
+            self.root / IMAGES / "train2014" / (_PREFIX + short),
+            self.root / IMAGES / "train2017" / short,
+        ]
+        if self._pictures is None:
+            self._pictures = next((path.parent for path in paths if path.exists()), None)
+        if self._pictures is None:
+            raise DataError(
+                f"{paths[0]}: no such file, nor {paths[1]}; put COCO's train2014 or train2017 there"
+            )
+        return str(next(path for path in paths if path.parent == self._pictures))
+
+    def size(self, number: int, asking: Path) -> tuple[int, int]:
+        """Height and width of an image."""
+        image = self._image(number, asking)
+        return get(image, "height", int, self._file), get(image, "width", int, self._file)
+
+    def segmentation(self, number: int, asking: Path) -> list | dict:
+        """COCO segmentation of an object."""
+        if number not in self._annotations:
+            raise self._absent("ann_id", number, asking)
+        return get(self._annotations[number], "segmentation", (list, dict), self._file)
+
+    def _image(self, number: int, asking: Path) -> dict:
+        if number not in self._images:
+            raise self._absent("image_id", number, asking)
+        return self._images[number]
+
+    def _absent(self, key: str, number: int, asking: Path) -> DataError:
+        return DataError(
+            f"{asking}: {key} {number} is not in {self._file}; the two must come from one download"
+        )
+
+
+class Columns:
+    """Collects references object by object, then gives `Records`."""
+
+    def __init__(self):
+        self._image_rows: dict[int, int] = {}
+        self._images, self._sizes = [], []
+        self._segmentations, self._object_images, self._object_ids = [], [], []
+        self._texts, self._types, self._objects, self._sentence_ids = [], [], [], []
+
+    def add(
+        self,
+        image: str,
+        size: tuple[int, int],
+        image_id: int,
+        segmentation,
+        object_id: int,
+        ref: dict,
+        file: Path,
+    ) -> None:
+        """Adds an object and every sentence of its reference."""
+        if image_id not in self._image_rows:
+            self._image_rows[image_id] = len(self._images)
+            self._images.append(image)
+            self._sizes.append(size)
+        for sentence in get(ref, "sentences", list, file):
+            self._texts.append(get(sentence, "raw", str, file))
+            self._types.append(str(sentence.get("type", "")))  # Of trees that are written here.
+            self._sentence_ids.append(get(sentence, "sent_id", int, file))
+            self._objects.append(len(self._segmentations))
+        self._segmentations.append(segmentation)
+        self._object_images.append(self._image_rows[image_id])
+        self._object_ids.append(object_id)
+
+    def records(self, split: str, file: Path) -> Records:
+        """All that was added; raises DataError where it is nothing."""
+        if not self._segmentations:
+            raise DataError(f"{file}: no object of split '{split}'")
+        return Records(
+            split=split,
+            images=self._images,
+            sizes=np.array(self._sizes, np.int32).reshape(-1, 2),
+            image_ids=np.array(list(self._image_rows), np.int64),
+            segmentations=self._segmentations,
+            object_images=np.array(self._object_images, np.int64),
+            object_ids=np.array(self._object_ids, np.int64),
+            texts=self._texts,
+            types=self._types,
+            objects=np.array(self._objects, np.int64),
+            sentence_ids=np.array(self._sentence_ids, np.int64),
+        )
 
 
 class _DataUnpickler(pickle.Unpickler):
@@ -131,27 +204,7 @@ def _read_instances(path: Path) -> tuple[dict[int, dict], dict[int, dict]]:
         raise DataError(f"{path}: not a COCO annotation file ({error!r})") from error
 
 
-def _image_finder(root: Path):
-    """A function from a COCO file name to the path of the image, in the folder that has the first one."""
-    folder: list[Path] = []
-
-    def find(name: str, file: Path) -> str:
-        if Path(name).name != name:
-            raise DataError(f"{file}: file_name '{name}' is not a plain name; it must not lead elsewhere")
-        short = name.removeprefix(_PREFIX)
-        paths = [root / IMAGES / "train2014" / (_PREFIX + short), root / IMAGES / "train2017" / short]
-        if not folder:
-            folder.extend(path.parent for path in paths if path.exists())
-        if not folder:
-            raise DataError(
-                f"{paths[0]}: no such file, nor {paths[1]}; put COCO's train2014 or train2017 there"
-            )
-        return str(next(path for path in paths if path.parent == folder[0]))
-
-    return find
-
-
-def _get(entry: dict, key: str, kind: type | tuple[type, ...], file: Path) -> Any:
+def get(entry: dict, key: str, kind: type | tuple[type, ...], file: Path) -> Any:
     """A field of an entry; raises DataError where it is missing or of another kind."""
     if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
         found = f"{key} is {entry[key]!r:.40}" if isinstance(entry, dict) and key in entry else f"no {key}"

@@ -1,0 +1,161 @@
+"""One's own images: a JSON Lines file, a line per object (data spec section 1).
+
+{"image": path, "mask": path | "polygons": [...] | "rle": {...}, "text": str | [str], "id": optional, "split": optional}
+Paths are relative to the folder of the file, and stay inside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from input_pipeline import masks
+from input_pipeline.records import DataError, Records, source
+
+_SHAPES = ("mask", "polygons", "rle")
+
+
+def splits(*, path: str = "", **_: Any) -> tuple[str, ...]:
+    """The splits that the file names, 'train' first."""
+    found = dict.fromkeys(line["split"] for line in _read(str(path)))
+    return tuple(sorted(found, key=lambda name: name != "train"))
+
+
+@source("jsonl", splits)
+def load(split: str, *, seed: int = 0, path: str = "") -> Records:
+    """Every sentence of every line of a split; lines without one are of 'train'.
+
+    Raises DataError, with the number of the line, for anything that is not as described above.
+    """
+    del seed
+    lines = [line for line in _read(str(path)) if line["split"] == split]
+    image_rows: dict[str, int] = {}
+    image_sizes, segmentations, object_images = [], [], []
+    texts, types, objects = [], [], []
+    for line in lines:
+        if line["image"] not in image_rows:
+            image_rows[line["image"]] = len(image_rows)
+            image_sizes.append(_size(line["image"], line["where"]))
+        for text, kind in zip(line["text"], line["type"], strict=True):
+            texts.append(text)
+            types.append(kind)
+            objects.append(len(segmentations))
+        segmentations.append(line["shape"])
+        object_images.append(image_rows[line["image"]])
+    return Records(
+        split=split,
+        images=list(image_rows),
+        sizes=np.array(image_sizes, np.int32).reshape(-1, 2),
+        image_ids=np.arange(len(image_rows)),
+        segmentations=_Shapes(segmentations),
+        object_images=np.array(object_images, np.int64),
+        object_ids=np.array([line["number"] for line in lines], np.int64),
+        texts=texts,
+        types=types,
+        objects=np.array(objects, np.int64),
+        sentence_ids=np.arange(len(texts)),
+    )
+
+
+class _Shapes(Sequence[list | dict]):
+    """COCO segmentations; those in image files are read when they are asked for."""
+
+    def __init__(self, shapes: list[list | dict | Path]):
+        self._shapes = shapes
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, i: int) -> list | dict:
+        shape = self._shapes[i]
+        if not isinstance(shape, Path):
+            return shape
+        try:
+            with Image.open(shape) as opened:
+                pixels = np.asarray(
+                    opened.convert("L") if opened.mode not in ("1", "L", "I", "I;16") else opened
+                )
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"{shape}: not a readable mask ({error})") from error
+        return masks.encode((pixels > 0).astype(np.uint8))
+
+
+def _read(path: str) -> list[dict]:
+    """The lines, checked and completed: absolute paths, lists of sentences and types, the line's number."""
+    if not path:
+        raise DataError("config.data.options.path is missing; give the .jsonl file")
+    try:
+        with open(path, encoding="utf-8") as file:
+            numbered = [(number, text) for number, text in enumerate(file, 1) if text.strip()]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; config.data.options.path must name a .jsonl file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a text file in UTF-8 ({error.reason})") from error
+    return [_line(Path(path), number, text) for number, text in numbered]
+
+
+def _line(path: Path, number: int, text: str) -> dict:
+    where = f"{path}, line {number}"
+    try:
+        line = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error})") from error
+    if not isinstance(line, dict):
+        raise DataError(f"{where}: expected an object {{...}}, found {text.strip()[:40]}")
+    shapes = [name for name in _SHAPES if name in line]
+    if len(shapes) != 1:
+        raise DataError(f"{where}: expected one of {', '.join(_SHAPES)}, found {', '.join(shapes) or 'none'}")
+    shape = line[shapes[0]]
+    sentences = [line["text"]] if isinstance(line.get("text"), str) else line.get("text")
+    if (
+        not isinstance(sentences, list)
+        or not sentences
+        or not all(isinstance(s, str) and s.strip() for s in sentences)
+    ):
+        raise DataError(
+            f"{where}: 'text' must be a sentence or a list of them, found {line.get('text')!r:.40}"
+        )
+    kinds = line.get("type", "")
+    kinds = [kinds] * len(sentences) if isinstance(kinds, str) else kinds
+    if not isinstance(kinds, list) or len(kinds) != len(sentences):
+        raise DataError(f"{where}: 'type' must be a word, or a list as long as 'text'")
+    if not isinstance(shape, {"mask": str, "polygons": list, "rle": dict}[shapes[0]]):
+        raise DataError(f"{where}: '{shapes[0]}' is {shape!r:.40}")
+    if not isinstance(line.get("split", ""), str):
+        raise DataError(f"{where}: 'split' must be a word, found {line['split']!r:.40}")
+    return {
+        "image": str(_inside(path, line.get("image"), "image", where)),
+        "shape": _inside(path, shape, "mask", where) if shapes[0] == "mask" else shape,
+        "text": sentences,
+        "type": [str(kind) for kind in kinds],
+        "split": line.get("split") or "train",
+        "number": number,
+        "where": where,
+    }
+
+
+def _inside(path: Path, name: Any, key: str, where: str) -> Path:
+    """A path of a line as an absolute one, which must stay in the folder of the file."""
+    if not isinstance(name, str) or not name:
+        raise DataError(f"{where}: '{key}' must be a path, found {name!r:.40}")
+    root = path.parent.resolve()
+    found = (root / name).resolve()
+    if not found.is_relative_to(root):
+        raise DataError(f"{where}: '{key}' is '{name}', which leads out of {root}")
+    return found
+
+
+def _size(image: str, where: str) -> tuple[int, int]:
+    """Height and width, from the head of the file."""
+    try:
+        with Image.open(image) as opened:
+            return opened.height, opened.width
+    except FileNotFoundError:
+        raise DataError(f"{where}: {image}: no such file") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{where}: {image}: not a readable image ({error})") from error
