@@ -117,6 +117,13 @@ def test_imported_weights_evaluate_and_predict_without_a_training(run, imported,
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_imported_weights_are_not_mistaken_for_those_of_a_run(run, imported):
+    c = config()
+    c.init.lavt = str(imported / "imported")
+    with pytest.raises(UserError, match="holds a run that did not start from config.init.lavt"):
+        evaluate(str(run[0]), c)
+
+
 @pytest.mark.slow
 def test_training_starts_from_imported_weights(imported, tmp_path, capsys):
     c = config()

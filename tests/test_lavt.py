@@ -168,6 +168,8 @@ def test_bfloat16_stays_near_float32(stepped):
     config.model.dtype = "bfloat16"
     rough = jax.jit(build_network(config).apply)(state.variables, BATCH)
     assert rough.mask_logits.dtype == jnp.float32
+    pixels = np.asarray(exact.pixel_logits)  # Background, object: tests/test_parity.py knows the order.
+    np.testing.assert_allclose(exact.mask_logits, pixels[..., 1] - pixels[..., 0], atol=1e-6)
     assert rough.mask_features.dtype == jnp.bfloat16
     a, b = np.asarray(exact.mask_features), np.asarray(rough.mask_features, np.float32)
     assert np.abs(a - b).mean() < 0.05 * np.abs(a).max()
