@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 import input_pipeline
 from input_pipeline import Loader, Records, Tokenizer, masks, ops
@@ -91,7 +92,11 @@ class Evaluator:
         wanted = set(np.linspace(0, n - 1, min(panels, n)).astype(int).tolist())
         pictures, foreground = [], 0
         waiting = []  # The host counts one batch while the devices run the next.
-        for batch in loader:
+        silent = jax.process_index() > 0
+        # Of a short evaluation nothing is shown.
+        for batch in tqdm(
+            loader, f"evaluating {split}", len(loader), unit=" batches", delay=20, disable=silent
+        ):
             placed = to_device({k: v for k, v in batch.items() if k != "index"}, batch_sharding(self.mesh))
             outputs = {"": self.eval_step(variables, placed)}
             if "shuffled_text" in passes:
