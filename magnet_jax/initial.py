@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
@@ -82,7 +83,7 @@ def with_imported_sizes(config: ConfigDict, own: ConfigDict | None = None) -> tu
     path = config.init[kind]
     remembered = own is not None and own.init.get(kind) == path
     fields = own.model.to_dict() if remembered else read_fields(path, kind)
-    for name, value in _flat(fields).items():
+    for name, value in flatten_dict(fields, sep=".").items():
         section, _, field = f"model.{name}".rpartition(".")
         target = config
         for part in section.split("."):
@@ -163,17 +164,10 @@ def _of_model(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_fields(kind: str, path: str, config: ConfigDict) -> None:
     """Shapes do not tell everything, the heads for example."""
-    ours, different = _flat(config.model.to_dict()), []
-    for name, value in _flat(read_fields(path, kind)).items():
+    ours, different = flatten_dict(config.model.to_dict(), sep="."), []
+    for name, value in flatten_dict(read_fields(path, kind), sep=".").items():
         value = tuple(value) if isinstance(value, list) else value
         if name not in _FREE_OF_ENCODERS and ours.get(name, value) != value:
             different.append(f"config.model.{name} is {ours[name]} here and {value} there")
     if different:
         raise UserError(f"config.init.{kind} is '{path}', which does not fit: {'; '.join(different)}")
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result = {}
-    for name, value in fields.items():
-        result |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return result
