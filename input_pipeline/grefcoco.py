@@ -5,6 +5,7 @@ ROOT/grefcoco/grefs(unc).json and instances.json; images as in a REFER tree.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def load(split: str, *, seed: int = 0, root: str = "", partition: str = "unc") -
             tree.image(image_id, refs_file), size, image_id, (parts, *size), object_id, ref, refs_file
         )
     records = columns.records(split, refs_file)
-    return Records(**{**vars(records), "segmentations": _Unions(records.segmentations)})
+    return dataclasses.replace(records, segmentations=_Unions(records.segmentations))
 
 
 class _Unions(Sequence[list | dict]):
