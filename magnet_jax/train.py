@@ -47,7 +47,6 @@ def train(config: ConfigDict, workdir: str) -> dict:
     mesh = make_mesh(config.mesh)
     check_batch_size("data", config, mesh)
     check_batch_size("eval", config, mesh)
-    workdir.mkdir(parents=True, exist_ok=True)
 
     # --------------------------------------------------------------------------------------------------------- data
     records = input_pipeline.load(
@@ -87,6 +86,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     arrays, loaded = load_initial(shapes.variables, config) if own is None else ({}, [])
 
     # Only now, when nothing in the configuration was refused; config.json last, since it says that here is a run.
+    workdir.mkdir(parents=True, exist_ok=True)
     if first_process and own is None:
         tokenizer.save(workdir / "tokenizer")
         run_files.save_config(workdir, config)

@@ -244,7 +244,7 @@ def test_values_that_cannot_work_are_refused_before_anything_is_written(tmp_path
     config = tiny_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
-        train(config, tmp_path)
+        train(config, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
