@@ -17,6 +17,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from magnet_jax.errors import config_error
+
 MODES = ("train", "eval", "predict", "export")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, e.g. configs/shapes.py; needed to train."
@@ -109,13 +111,8 @@ def parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         getattr(_CONFIG.value, "seed", None)  # A configuration that did not load raises at its first use.
-    except OSError as error:
-        fail(2, f"--config: {str(error).strip().splitlines()[-1].strip()}")
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        while error.args and isinstance(error.args[0], Exception):  # The libraries wrap one in another,
-            error = error.args[0]
-        # and a KeyError shows its message quoted, with the line breaks spelled out.
-        fail(2, " ".join(str(error.args[0] if error.args else error).split()))
+    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        fail(2, config_error(error))
     if rest[1:]:
         fail(2, f"'{rest[1]}' is not a flag; expected --name=value")
     return rest

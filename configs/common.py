@@ -10,11 +10,13 @@ def get_config() -> ConfigDict:
     c.cpu_devices = 1  # Host devices that a CPU is divided into.
 
     c.data = data = ConfigDict()
-    data.source = "shapes"  # A source registered in input_pipeline.
+    # 'shapes', 'refer' (RefCOCO, RefCOCO+, G-Ref), 'tfds', 'grefcoco', 'jsonl' (one's own) or 'mixed'.
+    data.source = "shapes"
+    data.root = ""  # Folder of the data, or a .jsonl file.
     data.options = ConfigDict()  # Passed to the source as keyword arguments.
     # Of data that is made rather than read; apart from `seed`, so that repeats of a training share their data.
     data.seed = 0
-    data.train_split = "train"
+    data.split = "train"  # To train on.
     data.eval_splits = ("val",)  # Evaluated at the end of training and by --mode=eval.
     data.monitor_split = "val"  # Evaluated during training; its figure chooses the best checkpoint.
     data.image_size = 480  # Side that images are squashed to, pixels.
@@ -22,7 +24,15 @@ def get_config() -> ConfigDict:
     data.vocab = "shapes"  # 'shapes', a vocab.txt, or a directory with tokenizer files.
     data.sentences = "one"  # Per epoch, of each object: 'one' sentence (as published) or 'all'.
     data.batch_size = 32  # Examples per step over all devices.
-    data.workers = 2  # Threads that decode and resize.
+    data.augment = augment = ConfigDict()  # Of training examples; off as in the papers.
+    augment.flip = 0.0  # Share that is mirrored, left and right exchanged in the sentence.
+    augment.jitter = 0.0  # Largest relative change of brightness, contrast and saturation.
+    augment.crop = (
+        1.0  # Smallest share of a side that a random crop keeps, with the whole object; 1: no crops.
+    )
+    # Share of a split's examples that may be unusable (damaged pictures, empty masks); they are left out and counted.
+    data.max_bad_share = 0.01
+    data.workers = 0  # Batches decoded at the same time; 0: one per core.
     data.prefetch = 2  # Batches prepared ahead.
 
     c.model = model = ConfigDict()

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     """The defaults on a REFER tree, from pretrained encoders."""
     c = common.get_config()
     c.data.source = "refer"
-    c.data.options.root = "data"  # Has refcoco/ and images/.
+    c.data.root = "data"  # Has refcoco/ and images/.
     c.data.options.dataset = "refcoco"
     c.data.options.partition = "unc"
     c.data.eval_splits = ("val", "testA", "testB")

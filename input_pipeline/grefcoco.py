@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from input_pipeline import masks, refer
+from input_pipeline.cache import cached
 from input_pipeline.records import DataError, Records, source
 
 PARTITIONS = {"unc": ("train", "val", "testA", "testB")}
@@ -27,38 +28,40 @@ def splits(*, partition: str = "unc", **_: Any) -> tuple[str, ...]:
 
 
 @source("grefcoco", splits)
-def load(split: str, *, seed: int = 0, root: str = "", partition: str = "unc") -> Records:
+def load(split: str, *, root: str = "", seed: int = 0, partition: str = "unc") -> Records:
     """Every expression of a split, in the order of the file; the mask of several objects is their union.
 
     Args: root: the folder with `grefcoco` and `images`; seed is not used.
     Raises DataError for files that are missing, are not what they should be, or contradict each other.
     """
     del seed
-    tree = refer.Tree(root, "grefcoco")
-    refs_file = tree.folder / f"grefs({partition}).json"
-    columns = refer.Columns()
-    for ref in _read(refs_file):
-        if refer.get(ref, "split", str, refs_file) != split:
-            continue
-        image_id = refer.get(ref, "image_id", int, refs_file)
-        members = refer.get(ref, "ann_id", (list, int), refs_file)
-        members = [members] if isinstance(members, int) else members
-        if ref.get("no_target") or members == [-1]:
-            members = []
-        parts = [tree.segmentation(number, refs_file) for number in members]
-        size = tree.size(image_id, refs_file)
-        object_id = refer.get(ref, "ref_id", int, refs_file)  # What it means has no other number.
-        columns.add(
-            tree.image(image_id, refs_file), size, image_id, (parts, *size), object_id, ref, refs_file
-        )
-    records = columns.records(split, refs_file)
-    return dataclasses.replace(records, segmentations=_Unions(records.segmentations))
+    folder = refer.data_folder(root, "grefcoco")
+    refs_file, instances = folder / f"grefs({partition}).json", folder / refer.INSTANCES
+
+    def parse() -> dict[str, Records]:
+        annotations = refer.Annotations(instances)
+        columns = refer.Columns(annotations, refs_file, splits(partition=partition))
+        for ref in _read(refs_file):
+            members = refer.get(ref, "ann_id", (list, int), refs_file)
+            members = [members] if isinstance(members, int) else members
+            if ref.get("no_target") or members == [-1]:
+                members = []
+            image_id = refer.get(ref, "image_id", int, refs_file)
+            parts = [annotations.segmentation(number, image_id, refs_file) for number in members]
+            _, height, width = annotations.image(image_id, refs_file)
+            # What it means has no number but that of the reference.
+            columns.add(ref, refer.get(ref, "ref_id", int, refs_file), [parts, height, width])
+        return columns.records()
+
+    records = cached(folder, partition, split, (refs_file, instances), parse)
+    records = dataclasses.replace(records, segmentations=_Unions(records.segmentations))
+    return refer.with_pictures(records, Path(root))
 
 
 class _Unions(Sequence[list | dict]):
     """Unions of COCO segmentations, made when they are asked for."""
 
-    def __init__(self, shapes: Sequence[tuple[list, int, int]]):
+    def __init__(self, shapes: Sequence[list]):
         self._shapes = shapes
 
     def __len__(self) -> int:
@@ -77,7 +80,7 @@ def _read(path: Path) -> list[dict]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; config.data.options.root must have grefcoco/") from None
+        raise DataError(f"{path}: no such file; config.data.root must have grefcoco/") from None
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):

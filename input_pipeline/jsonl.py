@@ -17,30 +17,32 @@ from PIL import Image
 from input_pipeline import masks
 from input_pipeline.records import DataError, Records, source
 
+NAME = "data.jsonl"  # Of the file in a folder.
 _SHAPES = ("mask", "polygons", "rle")
 
 
-def splits(*, path: str = "", **_: Any) -> tuple[str, ...]:
+def splits(*, root: str = "", **_: Any) -> tuple[str, ...]:
     """The splits that the file names, 'train' first."""
-    found = dict.fromkeys(line["split"] for line in _read(str(path)))
+    found = dict.fromkeys(line["split"] for line in _read(root))
     return tuple(sorted(found, key=lambda name: name != "train"))
 
 
 @source("jsonl", splits)
-def load(split: str, *, seed: int = 0, path: str = "") -> Records:
+def load(split: str, *, root: str = "", seed: int = 0) -> Records:
     """Every sentence of every line of a split; lines without one are of 'train'.
 
+    Args: root: the file, or the folder of its `data.jsonl`; seed is not used.
     Raises DataError, with the number of the line, for anything that is not as described above.
     """
     del seed
-    lines = [line for line in _read(str(path)) if line["split"] == split]
+    lines = [line for line in _read(root) if line["split"] == split]
     image_rows: dict[str, int] = {}
     image_sizes, segmentations, object_images = [], [], []
     texts, types, objects = [], [], []
     for line in lines:
         if line["image"] not in image_rows:
             image_rows[line["image"]] = len(image_rows)
-            image_sizes.append(_size(line["image"], line["where"]))
+            image_sizes.append(_size(line["image"]))
         for text, kind in zip(line["text"], line["type"], strict=True):
             texts.append(text)
             types.append(kind)
@@ -85,18 +87,19 @@ class _Shapes(Sequence[list | dict]):
         return masks.encode((pixels > 0).astype(np.uint8))
 
 
-def _read(path: str) -> list[dict]:
+def _read(root: str) -> list[dict]:
     """The lines, checked and completed: absolute paths, lists of sentences and types, the line's number."""
-    if not path:
-        raise DataError("config.data.options.path is missing; give the .jsonl file")
+    if not root:
+        raise DataError("config.data.root is missing; give the .jsonl file")
+    path = Path(root) / NAME if Path(root).is_dir() else Path(root)
     try:
         with open(path, encoding="utf-8") as file:
             numbered = [(number, text) for number, text in enumerate(file, 1) if text.strip()]
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; config.data.options.path must name a .jsonl file") from None
+        raise DataError(f"{path}: no such file; config.data.root must name a .jsonl file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a text file in UTF-8 ({error.reason})") from error
-    return [_line(Path(path), number, text) for number, text in numbered]
+    return [_line(path, number, text) for number, text in numbered]
 
 
 def _line(path: Path, number: int, text: str) -> dict:
@@ -112,11 +115,7 @@ def _line(path: Path, number: int, text: str) -> dict:
         raise DataError(f"{where}: expected one of {', '.join(_SHAPES)}, found {', '.join(shapes) or 'none'}")
     shape = line[shapes[0]]
     sentences = [line["text"]] if isinstance(line.get("text"), str) else line.get("text")
-    if (
-        not isinstance(sentences, list)
-        or not sentences
-        or not all(isinstance(s, str) and s.strip() for s in sentences)
-    ):
+    if not isinstance(sentences, list) or not sentences or not all(isinstance(s, str) for s in sentences):
         raise DataError(
             f"{where}: 'text' must be a sentence or a list of them, found {line.get('text')!r:.40}"
         )
@@ -135,7 +134,6 @@ def _line(path: Path, number: int, text: str) -> dict:
         "type": [str(kind) for kind in kinds],
         "split": line.get("split") or "train",
         "number": number,
-        "where": where,
     }
 
 
@@ -150,12 +148,10 @@ def _inside(path: Path, name: Any, key: str, where: str) -> Path:
     return found
 
 
-def _size(image: str, where: str) -> tuple[int, int]:
-    """Height and width, from the head of the file."""
+def _size(image: str) -> tuple[int, int]:
+    """Height and width, from the head of the file; 0 and 0 where it is missing or damaged, which the loader deals with."""
     try:
         with Image.open(image) as opened:
             return opened.height, opened.width
-    except FileNotFoundError:
-        raise DataError(f"{where}: {image}: no such file") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{where}: {image}: not a readable image ({error})") from error
+    except (OSError, ValueError, SyntaxError):
+        return 0, 0

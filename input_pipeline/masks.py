@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from input_pipeline.records import DataError
 
 UNION, EXACTLY_ONE = "union", "exactly_one"
+_FAR = 10  # Sides of the image beyond which a corner is no rounding error but a wrong number.
 
 
 def decode(segmentation: list | dict, height: int, width: int, rule: str = UNION) -> np.ndarray:
@@ -18,7 +21,7 @@ def decode(segmentation: list | dict, height: int, width: int, rule: str = UNION
             list of RLE dicts; an empty list is an empty mask.
         height, width: of the image.
         rule: 'union' of all parts, or 'exactly_one': pixels where parts overlap become background, as in the
-            published loaders.
+            published loaders. Polygons may leave the image, or be so thin that they cover nothing.
     Returns:
         uint8 [height, width] of 0 and 1.
     Raises:
@@ -30,13 +33,12 @@ def decode(segmentation: list | dict, height: int, width: int, rule: str = UNION
     if not parts:
         return np.zeros((height, width), np.uint8)
     rles = [_to_rle(part, height, width) for part in parts]
-    for rle in rles:
-        if tuple(rle["size"]) != (height, width):
-            found, expected = "x".join(map(str, rle["size"])), f"{height}x{width}"
-            raise DataError(f"segmentation: RLE of size {found} for an image of {expected} (height x width)")
-    layers = coco_mask.decode(rles)  # [H, W, parts]
+    try:
+        layers = coco_mask.decode(rles)  # [H, W, parts]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"segmentation: damaged RLE ({error})") from error
     if layers.shape[-1] == 1:
-        return np.ascontiguousarray(layers[..., 0])
+        return layers[..., 0]
     covered = layers.sum(-1, dtype=np.int32)
     return (covered > 0 if rule == UNION else covered == 1).astype(np.uint8)
 
@@ -92,25 +94,73 @@ def _straight(before: tuple[int, int], at: tuple[int, int], after: tuple[int, in
 
 
 def _to_rle(part: list | dict, height: int, width: int) -> dict:
+    """A compressed RLE of the image's size; what pycocotools takes on trust is checked before."""
     if isinstance(part, dict) and set(part) >= {"size", "counts"}:
-        return coco_mask.frPyObjects(part, height, width) if isinstance(part["counts"], list) else part
-    if isinstance(part, (list, tuple)) and len(part) >= 6 and len(part) % 2 == 0:
-        return coco_mask.frPyObjects([[float(v) for v in part]], height, width)[0]
-    raise DataError(
-        "segmentation: expected polygons of at least 3 points (x, y, x, y, ...) or an RLE with 'size' and"
-        f" 'counts', found {str(part)[:60]}"
-    )
+        return _checked_rle(part, height, width)
+    numbers = isinstance(part, (list, tuple)) and all(isinstance(v, (int, float)) for v in part)
+    if not numbers or len(part) % 2:
+        raise DataError(
+            "segmentation: expected polygons of points (x, y, x, y, ...) or an RLE with 'size' and 'counts', found "
+            f"{str(part)[:60]}"
+        )
+    if len(part) < 6:  # Two points are a line; pycocotools would take them for a box.
+        return coco_mask.frPyObjects({"size": [height, width], "counts": [height * width]}, height, width)
+    limit = _FAR * max(height, width)
+    wrong = [v for v in part if not abs(v) <= limit]  # True of NaN, too.
+    if wrong:
+        raise DataError(f"segmentation: a polygon reaches to {wrong[0]}, in an image of {height}x{width}")
+    return coco_mask.frPyObjects([[float(v) for v in part]], height, width)[0]
+
+
+def _checked_rle(rle: dict, height: int, width: int) -> dict:
+    counts = rle["counts"]
+    size = rle["size"] if isinstance(rle["size"], (list, tuple)) else [rle["size"]]
+    if list(size) != [height, width]:
+        found, expected = "x".join(map(str, size)), f"{height}x{width}"
+        raise DataError(f"segmentation: RLE of size {found} for an image of {expected} (height x width)")
+    listed = isinstance(counts, (list, tuple))
+    if listed:
+        whole = all(isinstance(n, int) and n >= 0 for n in counts) and sum(counts) == height * width
+    else:
+        whole = isinstance(counts, (bytes, str)) and _runs(counts) == height * width
+    if not whole:  # pycocotools would fill what is missing with whatever the memory holds.
+        raise DataError(f"segmentation: the runs of an RLE do not fill the {height}x{width} image")
+    return coco_mask.frPyObjects(rle, height, width) if listed else rle
+
+
+def _runs(counts: bytes | str) -> int:
+    """How many pixels the runs of a compressed RLE cover; -1 where it is none.
+
+    COCO's format: a number is groups of five bits, the lowest first, each a character from '0' on whose sixth bit says
+    that more follow; the highest bit is the sign; from the fourth number on it is the difference to the last but one.
+    """
+    runs, value, shift = [], 0, 0
+    for code in counts if isinstance(counts, bytes) else counts.encode():
+        code -= 48
+        if not 0 <= code < 64 or shift > 30:
+            return -1
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            value -= (code & 16) << (shift - 4)
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            if runs[-1] < 0:
+                return -1
+            value = shift = 0
+    return -1 if shift else sum(runs)
 
 
 def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A mask [..., H, W] at another size (h, w); picks the same pixels as Pillow's nearest filter."""
-    for axis, new in zip((-2, -1), size, strict=True):
-        old = mask.shape[axis]
-        if old != new:
-            # Pillow adds the scale up step by step, and its rounding errors decide where a position is a
-            # whole number.
-            steps = np.full(new, old / new)
-            steps[0] /= 2
-            rows = np.minimum(np.add.accumulate(steps).astype(np.int64), old - 1)
-            mask = np.take(mask, rows, axis)
-    return mask
+    rows, columns = (_nearest(old, new) for old, new in zip(mask.shape[-2:], size, strict=True))
+    # Columns first and turned over, since pycocotools' masks lie in memory column by column.
+    return mask.swapaxes(-1, -2)[..., columns, :].swapaxes(-1, -2)[..., rows, :]
+
+
+@functools.lru_cache(maxsize=1024)
+def _nearest(old: int, new: int) -> np.ndarray:
+    """Which of `old` pixels in a row each of `new` ones shows."""
+    # Pillow adds the scale up step by step, and its rounding errors decide where a position is a whole number.
+    steps = np.full(new, old / new)
+    steps[0] /= 2
+    return np.minimum(np.add.accumulate(steps).astype(np.int64), old - 1)

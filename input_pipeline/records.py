@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -19,8 +19,9 @@ class DataError(ValueError):
 class Record:
     """One (object, expression) pair: the unit of training and of every metric.
 
-    `image` is a path or an encoded PNG/JPEG; `segmentation` is COCO's (a list of polygons or an RLE dict; an
-    empty list is an object that is not there); `type` is the kind of expression ('' where unknown).
+    `image` is a path or an encoded picture; `segmentation` is COCO's (a list of polygons or an RLE dict; an empty list
+    where the sentence means nothing, `[[]]` for an object without a pixel); `type` is the kind of expression ('' where
+    unknown).
     """
 
     image: str | bytes
@@ -95,6 +96,7 @@ class Records(Sequence[Record]):
     types: Sequence[str]  # [N]
     objects: np.ndarray  # int64 [N], row in segmentations
     sentence_ids: np.ndarray  # int64 [N]
+    coco: bool = False  # Whether image_ids are COCO's, and so name the same picture in every source.
 
     def __post_init__(self):
         for names in (
@@ -187,11 +189,11 @@ class _Source:
 
 _SOURCES: dict[str, _Source] = {}
 # Modules of this package that register a source; imported when the registry is first asked.
-_MODULES = ("grefcoco", "jsonl", "refer", "shapes")
+_MODULES = ("grefcoco", "jsonl", "mixed", "refcoco_tfds", "refer", "shapes")
 
 
 def source(name: str, splits: Callable[..., tuple[str, ...]]) -> Callable:
-    """Decorator that registers `load(split, *, seed, **options) -> Records` and `splits(**options)`."""
+    """Decorator that registers `load(split, *, root, seed, **options) -> Records` and `splits(*, root, **options)`."""
 
     def register(load_split: Callable[..., Records]) -> Callable[..., Records]:
         _SOURCES[name] = _Source(load_split, splits)
@@ -207,6 +209,11 @@ def sources() -> tuple[str, ...]:
     return tuple(sorted(_SOURCES))
 
 
+def load_split(data: Any, split: str) -> Records:
+    """Records of a split of the data that `config.data` describes; raises DataError as `load` does."""
+    return load(data.source, split, root=data.root, seed=data.seed, **data.options.to_dict())
+
+
 def _find(name: str) -> _Source:
     names = sources()
     if name not in names:
@@ -214,19 +221,23 @@ def _find(name: str) -> _Source:
     return _SOURCES[name]
 
 
-def splits(source: str, **options) -> tuple[str, ...]:
+def splits(source: str, root: str = "", **options) -> tuple[str, ...]:
     """Names of the splits of a source, training split first; raises DataError for an unknown source."""
-    return _find(source).splits(**options)
+    return _find(source).splits(root=root, **options)
 
 
-def load(source: str, split: str, *, seed: int = 0, **options) -> Records:
-    """Records of one split of a source; raises DataError for an unknown source, split or option."""
+def load(source: str, split: str, *, root: str = "", seed: int = 0, **options) -> Records:
+    """Records of one split of a source.
+
+    Args: root: where a source that is read has its files; seed: of a source that is made.
+    Raises DataError for an unknown source, split or option, and for data that is not what it should be.
+    """
     found = _find(source)
     try:
-        inspect.signature(found.load).bind(split, seed=seed, **options)
+        inspect.signature(found.load).bind(split, root=root, seed=seed, **options)
     except TypeError as error:
         raise DataError(f"data source {source!r}: config.data.options has {error}") from None
-    names = found.splits(**options)
+    names = found.splits(root=root, **options)
     if split not in names:
         raise DataError(f"data source {source!r} has no split {split!r}; it has: {', '.join(names)}")
-    return found.load(split, seed=seed, **options)
+    return found.load(split, root=root, seed=seed, **options)

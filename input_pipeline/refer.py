@@ -5,14 +5,18 @@ ROOT/<dataset>/refs(<partition>).p and instances.json; ROOT/images/mscoco/images
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from input_pipeline.cache import cached
 from input_pipeline.records import DataError, Records, source
 
 PARTITIONS = {  # dataset -> partition -> splits
@@ -21,7 +25,8 @@ PARTITIONS = {  # dataset -> partition -> splits
     "refcocog": {"umd": ("train", "val", "test"), "google": ("train", "val")},
 }
 IMAGES = Path("images/mscoco/images")
-_PREFIX = "COCO_train2014_"  # Of the names of 2014, which those of 2017 lack.
+INSTANCES = "instances.json"
+PREFIX = "COCO_train2014_"  # Of the names of 2014, which those of 2017 lack.
 
 
 def splits(*, dataset: str = "refcoco", partition: str = "unc", **_: Any) -> tuple[str, ...]:
@@ -37,7 +42,7 @@ def splits(*, dataset: str = "refcoco", partition: str = "unc", **_: Any) -> tup
 
 @source("refer", splits)
 def load(
-    split: str, *, seed: int = 0, root: str = "", dataset: str = "refcoco", partition: str = "unc"
+    split: str, *, root: str = "", seed: int = 0, dataset: str = "refcoco", partition: str = "unc"
 ) -> Records:
     """Every expression of every object of a split, in the order of the file.
 
@@ -45,126 +50,147 @@ def load(
     Raises DataError for files that are missing, are not what they should be, or contradict each other.
     """
     del seed
-    tree = Tree(root, dataset)
-    refs_file = tree.folder / f"refs({partition}).p"
-    columns = Columns()
-    for ref in read_refs(refs_file):
-        if get(ref, "split", str, refs_file) != split:
-            continue
-        image_id, object_id = get(ref, "image_id", int, refs_file), get(ref, "ann_id", int, refs_file)
-        image, size = tree.image(image_id, refs_file), tree.size(image_id, refs_file)
-        columns.add(image, size, image_id, tree.segmentation(object_id, refs_file), object_id, ref, refs_file)
-    return columns.records(split, refs_file)
+    folder = data_folder(root, dataset)
+    refs_file, instances = folder / f"refs({partition}).p", folder / INSTANCES
+
+    def parse() -> dict[str, Records]:
+        columns = Columns(Annotations(instances), refs_file, splits(dataset=dataset, partition=partition))
+        for ref in read_refs(refs_file):
+            object_id = get(ref, "ann_id", int, refs_file)
+            image_id = get(ref, "image_id", int, refs_file)
+            columns.add(ref, object_id, columns.annotations.segmentation(object_id, image_id, refs_file))
+        return columns.records()
+
+    return with_pictures(cached(folder, partition, split, (refs_file, instances), parse), Path(root))
 
 
-class Tree:
-    """The annotations and pictures of one data set of a REFER tree.
+def data_folder(root: str, dataset: str) -> Path:
+    """The folder of a data set; raises DataError where no root is given."""
+    if not root:
+        raise DataError("config.data.root is missing; give the folder with the data set and 'images'")
+    return Path(root) / dataset
 
-    Raises DataError where a file is missing or is not what it should be, and, naming the file of references that
-    asks, for an image or object that is not there.
+
+def with_pictures(records: Records, root: Path) -> Records:
+    """Records whose images are names of COCO's train2014, with the paths of the pictures in their place."""
+    return dataclasses.replace(records, images=pictures(records.images, root))
+
+
+def pictures(names: Sequence[str], root: Path) -> list[str]:
+    """Paths of the pictures of these names in COCO's train2014.
+
+    They are those of the folder, train2014 or train2017, that has more of the first few. Raises DataError where there is
+    neither, and for a name that is not plain.
+    """
+    for name in names:
+        if Path(name).name != name or "\\" in name:
+            raise DataError(f"{root}: file_name '{name}' is not a plain name; it must not lead elsewhere")
+    folders = [root / IMAGES / "train2014", root / IMAGES / "train2017"]
+    present = [folder for folder in folders if folder.is_dir()]
+    if not present:
+        raise DataError(
+            f"{folders[0]}: no such folder, nor {folders[1]}; put COCO's train2014 or train2017 there"
+        )
+
+    def paths(folder: Path) -> list[str]:
+        prefix = PREFIX if folder.name == "train2014" else ""
+        return [f"{folder}/{prefix}{name.removeprefix(PREFIX)}" for name in names]
+
+    best = max(present, key=lambda folder: sum(map(os.path.exists, paths(folder)[:20])))
+    return paths(best)
+
+
+class Annotations:
+    """The contents of an `instances.json`: images and objects by their ids.
+
+    Raises DataError where the file is missing or is not what it should be, and, naming the file of references that asks,
+    for an image or object that is not there, or an object of another image.
     """
 
-    def __init__(self, root: str, dataset: str):
-        if not root:
-            raise DataError(
-                "config.data.options.root is missing; give the folder with the data set and 'images'"
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            content = json.loads(path.read_bytes())
+            self.images, self.objects = (
+                {entry["id"]: entry for entry in content[key]} for key in ("images", "annotations")
             )
-        self.root, self.folder = Path(root), Path(root) / dataset
-        self._file = self.folder / "instances.json"
-        self._images, self._annotations = _read_instances(self._file)
-        self._pictures: Path | None = None
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file; config.data.root must be a REFER tree") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not a COCO annotation file ({error!r})") from error
 
-    def image(self, number: int, asking: Path) -> str:
-        """Path of an image, in the folder that has the first one that is asked for."""
-        name = get(self._image(number, asking), "file_name", str, self._file)
-        if Path(name).name != name:
-            raise DataError(
-                f"{self._file}: file_name '{name}' is not a plain name; it must not lead elsewhere"
-            )
-        short = name.removeprefix(_PREFIX)
-        paths = [
-            self.root / IMAGES / "train2014" / (_PREFIX + short),
-            self.root / IMAGES / "train2017" / short,
-        ]
-        if self._pictures is None:
-            self._pictures = next((path.parent for path in paths if path.exists()), None)
-        if self._pictures is None:
-            raise DataError(
-                f"{paths[0]}: no such file, nor {paths[1]}; put COCO's train2014 or train2017 there"
-            )
-        return str(next(path for path in paths if path.parent == self._pictures))
-
-    def size(self, number: int, asking: Path) -> tuple[int, int]:
-        """Height and width of an image."""
-        image = self._image(number, asking)
-        return get(image, "height", int, self._file), get(image, "width", int, self._file)
-
-    def segmentation(self, number: int, asking: Path) -> list | dict:
-        """COCO segmentation of an object."""
-        if number not in self._annotations:
-            raise self._absent("ann_id", number, asking)
-        return get(self._annotations[number], "segmentation", (list, dict), self._file)
-
-    def _image(self, number: int, asking: Path) -> dict:
-        if number not in self._images:
+    def image(self, number: int, asking: Path) -> tuple[str, int, int]:
+        """File name, height and width."""
+        if number not in self.images:
             raise self._absent("image_id", number, asking)
-        return self._images[number]
+        image = self.images[number]
+        return (
+            get(image, "file_name", str, self.path),
+            get(image, "height", int, self.path),
+            get(image, "width", int, self.path),
+        )
+
+    def segmentation(self, number: int, image_id: int, asking: Path) -> list | dict:
+        """COCO segmentation of an object of an image, which is there even where it covers nothing."""
+        if not isinstance(number, int) or number not in self.objects:
+            raise self._absent("ann_id", number, asking)
+        found = get(self.objects[number], "image_id", int, self.path)
+        if found != image_id:
+            raise DataError(
+                f"{asking}: object {number} is said to be in image {image_id}, but {self.path} has it in image {found}; the "
+                "two must come from one download"
+            )
+        return get(self.objects[number], "segmentation", (list, dict), self.path) or [[]]
 
     def _absent(self, key: str, number: int, asking: Path) -> DataError:
         return DataError(
-            f"{asking}: {key} {number} is not in {self._file}; the two must come from one download"
+            f"{asking}: {key} {number} is not in {self.path}; the two must come from one download"
         )
 
 
 class Columns:
-    """Collects references object by object, then gives `Records`."""
+    """Collects references object by object, then gives `Records` of every split."""
 
-    def __init__(self):
-        self._image_rows: dict[int, int] = {}
-        self._images, self._sizes = [], []
-        self._segmentations, self._object_images, self._object_ids = [], [], []
-        self._texts, self._types, self._objects, self._sentence_ids = [], [], [], []
+    def __init__(self, annotations: Annotations, file: Path, splits: Sequence[str]):
+        self.annotations, self._file = annotations, file
+        self._entries: dict[str, list[tuple[dict, int, list | dict]]] = {split: [] for split in splits}
 
-    def add(
-        self,
-        image: str,
-        size: tuple[int, int],
-        image_id: int,
-        segmentation,
-        object_id: int,
-        ref: dict,
-        file: Path,
-    ) -> None:
+    def add(self, ref: dict, object_id: int, segmentation: list | dict) -> None:
         """Adds an object and every sentence of its reference."""
-        if image_id not in self._image_rows:
-            self._image_rows[image_id] = len(self._images)
-            self._images.append(image)
-            self._sizes.append(size)
-        for sentence in get(ref, "sentences", list, file):
-            self._texts.append(get(sentence, "raw", str, file))
-            self._types.append(str(sentence.get("type", "")))  # Of trees that are written here.
-            self._sentence_ids.append(get(sentence, "sent_id", int, file))
-            self._objects.append(len(self._segmentations))
-        self._segmentations.append(segmentation)
-        self._object_images.append(self._image_rows[image_id])
-        self._object_ids.append(object_id)
+        split = get(ref, "split", str, self._file)
+        self._entries.setdefault(split, []).append((ref, object_id, segmentation))
 
-    def records(self, split: str, file: Path) -> Records:
-        """All that was added; raises DataError where it is nothing."""
-        if not self._segmentations:
-            raise DataError(f"{file}: no object of split '{split}'")
+    def records(self) -> dict[str, Records]:
+        """All that was added, by split; raises DataError for an entry that is not what it should be."""
+        return {split: self._records(split, entries) for split, entries in self._entries.items()}
+
+    def _records(self, split: str, entries: list[tuple[dict, int, list | dict]]) -> Records:
+        rows: dict[int, int] = {}
+        images, object_images, texts, types, objects, sentence_ids = [], [], [], [], [], []
+        for number, (ref, _, _) in enumerate(entries):
+            image_id = get(ref, "image_id", int, self._file)
+            if image_id not in rows:
+                rows[image_id] = len(images)
+                images.append(self.annotations.image(image_id, self._file))
+            object_images.append(rows[image_id])
+            for sentence in get(ref, "sentences", list, self._file):
+                texts.append(get(sentence, "raw", str, self._file))
+                types.append(str(sentence.get("type", "")))  # Of trees that are written here.
+                sentence_ids.append(get(sentence, "sent_id", int, self._file))
+                objects.append(number)
         return Records(
             split=split,
-            images=self._images,
-            sizes=np.array(self._sizes, np.int32).reshape(-1, 2),
-            image_ids=np.array(list(self._image_rows), np.int64),
-            segmentations=self._segmentations,
-            object_images=np.array(self._object_images, np.int64),
-            object_ids=np.array(self._object_ids, np.int64),
-            texts=self._texts,
-            types=self._types,
-            objects=np.array(self._objects, np.int64),
-            sentence_ids=np.array(self._sentence_ids, np.int64),
+            images=[name for name, _, _ in images],
+            sizes=np.array([size for _, *size in images], np.int32).reshape(-1, 2),
+            image_ids=np.array(list(rows), np.int64),
+            segmentations=[segmentation for _, _, segmentation in entries],
+            object_images=np.array(object_images, np.int64),
+            object_ids=np.array([object_id for _, object_id, _ in entries], np.int64),
+            texts=texts,
+            types=types,
+            objects=np.array(objects, np.int64),
+            sentence_ids=np.array(sentence_ids, np.int64),
+            coco=True,
         )
 
 
@@ -183,7 +209,7 @@ def read_refs(path: Path) -> list[dict]:
     try:
         content = _DataUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; config.data.options.root must be a REFER tree") from None
+        raise DataError(f"{path}: no such file; config.data.root must be a REFER tree") from None
     except OSError:
         raise
     except Exception as error:  # A damaged stream raises nearly anything.
@@ -191,17 +217,6 @@ def read_refs(path: Path) -> list[dict]:
     if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
         raise DataError(f"{path}: expected a list of dictionaries, found {str(content)[:40]}")
     return content
-
-
-def _read_instances(path: Path) -> tuple[dict[int, dict], dict[int, dict]]:
-    """Images and annotations by id."""
-    try:
-        content = json.loads(path.read_bytes())
-        return tuple({entry["id"]: entry for entry in content[key]} for key in ("images", "annotations"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; config.data.options.root must be a REFER tree") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a COCO annotation file ({error!r})") from error
 
 
 def get(entry: dict, key: str, kind: type | tuple[type, ...], file: Path) -> Any:

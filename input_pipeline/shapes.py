@@ -127,6 +127,7 @@ def splits(**options) -> tuple[str, ...]:
 def load(
     split: str,
     *,
+    root: str = "",
     seed: int = 0,
     scenes: int | Mapping[str, int] | None = None,
     cache_dir: str | None = None,
@@ -136,6 +137,7 @@ def load(
     """Makes one split.
 
     Args:
+        root: not used, nothing is read.
         scenes: number of scenes of this split, or a mapping of split to number; None or a missing split:
             `SCENES`.
         cache_dir: where to keep what was made, one file per split and choice of options; None: nowhere.
@@ -144,6 +146,7 @@ def load(
     Raises:
         DataError: for an unknown or impossible option.
     """
+    del root
     names = [field.name for field in dataclasses.fields(Options)]
     for name in options:
         if name not in names:

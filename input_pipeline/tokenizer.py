@@ -15,6 +15,7 @@ from input_pipeline.records import DataError
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SHAPES = "shapes"
 VOCAB_FILE = "vocab.txt"
+_AT_ONCE = 4096  # Sentences; what the backend returns of one takes kilobytes.
 
 
 class Tokenizer:
@@ -55,31 +56,37 @@ class Tokenizer:
         """Number of rows that a word embedding needs."""
         return max(self._pieces) + 1
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def encode(
+        self, texts: Sequence[str], allow_empty: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sentences to numbers.
 
         Returns:
             ids int32 [n, L]; mask int32 [n, L], 1 at real pieces; truncated bool [n], whether something was
             cut off.
         Raises:
-            DataError: for a sentence without any word.
+            DataError: for a sentence without any word, unless those are allowed: then they are [CLS] [SEP].
         """
         ids = np.full((len(texts), self.max_length), self.pad_id, np.int32)
         lengths = np.zeros(len(texts), np.int64)
         rows: dict[str, list[int]] = {}  # a data set says many sentences more than once
         for row, text in enumerate(texts):
             rows.setdefault(text, []).append(row)
-        for text, encoding in zip(rows, self._backend.encode_batch(list(rows)), strict=True):
-            if not encoding.ids:
-                raise DataError(f"the sentence {text!r} has no words; write what to look for")
-            numbers = [self.cls_id, *encoding.ids, self.sep_id]
-            ids[rows[text], : len(numbers)] = numbers[: self.max_length]
-            lengths[rows[text]] = len(numbers)
+        different = list(rows)
+        for start in range(0, len(different), _AT_ONCE):
+            some = different[start : start + _AT_ONCE]
+            for text, encoding in zip(some, self._backend.encode_batch(list(map(_whole, some))), strict=True):
+                if not encoding.ids and not allow_empty:
+                    raise DataError(f"the sentence {text!r} has no words; write what to look for")
+                numbers = [self.cls_id, *encoding.ids, self.sep_id]
+                ids[rows[text], : len(numbers)] = numbers[: self.max_length]
+                lengths[rows[text]] = len(numbers)
         mask = (np.arange(self.max_length) < lengths[:, None]).astype(np.int32)
         return ids, mask, lengths > self.max_length
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of a sentence that the vocabulary cannot express, in their order."""
+        text = _whole(text)
         encoding = self._backend.encode(text)
         return [
             text[a:b]
@@ -97,6 +104,11 @@ class Tokenizer:
         lines = [self._pieces.get(i, f"[unused-{i}]") for i in range(self.vocab_size)]
         with open(os.path.join(directory, VOCAB_FILE), "w", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
+
+
+def _whole(text: str) -> str:
+    """The text with halves of surrogate pairs, which JSON and Python may hold and Unicode has not, joined or replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _load_vocab(vocab: str) -> dict[str, int]:

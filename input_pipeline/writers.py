@@ -1,4 +1,4 @@
-"""Records written in the forms that users have: a REFER tree or JSON Lines (data spec section 1).
+"""Records written in the forms that users have: a REFER tree, TFDS's manual folder or JSON Lines (data spec section 1).
 
 What is written is read by the very code that reads real data. Directories appear whole or not at all.
 """
@@ -14,9 +14,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from input_pipeline import masks, refer
+from input_pipeline import masks, refer, tfds_manual
 from input_pipeline.records import DataError, Record, Records
 
 JPEG_QUALITY = 95
@@ -74,6 +75,24 @@ def write_refer(
         (folder / dataset / "instances.json").write_text(json.dumps(content))
 
 
+def write_tfds(
+    splits: Mapping[str, Records],
+    root: str | Path,
+    dataset: str = "refcoco",
+    partition: str = "unc",
+    progress: Callable[[int], None] = lambda expressions: None,
+) -> None:
+    """Writes the manual folder of TFDS's `ref_coco`, with what `write_refer` would write.
+
+    Raises DataError as `write_refer` does.
+    """
+    with _directory(root) as folder:
+        tree = folder / ".refer"  # On the same disk, so that pictures are linked and not copied.
+        write_refer(splits, tree, dataset, partition, progress)
+        tfds_manual.write(tree, folder, {dataset: (partition,)})
+        shutil.rmtree(tree)
+
+
 def write_jsonl(
     splits: Mapping[str, Records],
     root: str | Path,
@@ -96,7 +115,7 @@ def write_jsonl(
                     names[image_row] = f"images/{split}_{image_row:06d}.{suffix}"
                     (folder / names[image_row]).write_bytes(content)
                 if object_row not in lines:
-                    line = {"image": names[image_row], **_shape(record)}
+                    line = {"image": names[image_row], **_shape(_mask(record))}
                     lines[object_row] = line | {
                         "text": [],
                         "type": [],
@@ -142,9 +161,12 @@ def _jpeg(image: str | bytes) -> bytes:
     return buffer.getvalue()
 
 
-def _shape(record: Record) -> dict:
+def _mask(record: Record) -> np.ndarray:
+    return masks.decode(record.segmentation, record.height, record.width)
+
+
+def _shape(mask: np.ndarray) -> dict:
     """Polygons where they are exact, else RLE, in JSON's types."""
-    mask = masks.decode(record.segmentation, record.height, record.width)
     polygons = masks.outline(mask)
     if polygons is not None:
         return {"polygons": polygons}
@@ -153,7 +175,8 @@ def _shape(record: Record) -> dict:
 
 
 def _annotation(record: Record, number: int, image_id: int) -> dict:
-    shape = _shape(record)
+    mask = _mask(record)
+    shape = _shape(mask)
     if shape == {"polygons": []}:
         raise DataError(
             f"'{record.text}' means nothing in its image, which a REFER tree cannot say; write JSON Lines"
@@ -165,6 +188,7 @@ def _annotation(record: Record, number: int, image_id: int) -> dict:
         "category_id": _CATEGORY,
         "iscrowd": 0,
         "segmentation": segmentation,
+        **tfds_manual.bounds(mask),
     }
 
 

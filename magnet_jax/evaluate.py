@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import input_pipeline
-from input_pipeline import Loader, Records, Tokenizer, masks, ops
+from input_pipeline import Loader, Records, Tokenizer, masks
 from input_pipeline.device import to_device
 from magnet_jax import metrics
 from magnet_jax.errors import UserError
@@ -50,12 +50,17 @@ class Counts:
     original: np.ndarray  # int64 [N, 2], the same at the image's own size
     has_target: np.ndarray  # bool [N]
     predicted_none: np.ndarray  # bool [N]
+    counted: np.ndarray  # bool [N], False where an example cannot be read
 
     @classmethod
     def zeros(cls, n: int) -> "Counts":
         """Nothing counted yet."""
         pair = np.zeros((2, n, 2), np.int64)
-        return cls(pair[0], pair[1], np.zeros(n, bool), np.zeros(n, bool))
+        return cls(pair[0], pair[1], *np.zeros((3, n), bool))
+
+    def select(self, rows: np.ndarray) -> "Counts":
+        """Those of some examples."""
+        return Counts(**{name: column[rows] for name, column in vars(self).items()})
 
 
 class Evaluator:
@@ -115,11 +120,17 @@ class Evaluator:
         passes, foreground = _over_processes((passes, foreground))
         if csv_file is not None and jax.process_index() == 0:
             write_atomically(csv_file, self._lines(records, passes[""]))
-        results = self._figures(passes[""], records.types)
+        counted = np.flatnonzero(passes[""].counted)
+        if not len(counted):
+            raise UserError(f"split '{split}': none of its {n} examples can be read; see the warnings above")
+        types = [records.types[row] for row in counted]
+        results = self._figures(passes[""].select(counted), types)
         if "shuffled_text" in passes:
-            results["shuffled_text"] = self._figures(passes["shuffled_text"], records.types)
-        mask, figure = metrics.best_constant_mask(foreground, n)
+            results["shuffled_text"] = self._figures(passes["shuffled_text"].select(counted), types)
+        mask, figure = metrics.best_constant_mask(foreground, len(counted))
         results["constant_mask"] = {"oIoU": figure, "area": 100.0 * float(mask.mean())}
+        if len(counted) < n:
+            results["left_out"] = {"count": n - len(counted)}
         return results, pictures
 
     def figure_names(self) -> list[str]:
@@ -129,9 +140,7 @@ class Evaluator:
 
     def _prepare(self, split: str, examples: int) -> tuple[Records, Loader]:
         config = self.config
-        records = input_pipeline.load(
-            config.data.source, split, seed=config.data.seed, **config.data.options.to_dict()
-        )
+        records = input_pipeline.load_split(config.data, split)
         if not len(records):
             raise UserError(
                 f"split '{split}' of data source '{config.data.source}' is empty; name another one"
@@ -145,6 +154,7 @@ class Evaluator:
             image_size=(config.data.image_size, config.data.image_size),
             seed=config.seed,
             train=False,
+            max_bad_share=config.data.max_bad_share,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             prefetch=config.data.prefetch,
@@ -169,6 +179,7 @@ class Evaluator:
             )
             for name, output in outputs.items():
                 counts, logits = passes[name], output["mask_logits"][i]
+                counts.counted[row] = True
                 counts.squash[row] = output["intersection"][i], output["union"][i]
                 if own_size:
                     prediction = upsample(logits, truth.shape) > 0
@@ -178,7 +189,7 @@ class Evaluator:
                     counts.predicted_none[row] = absent > present or not prediction.any()
         return [
             Picture(
-                _to_uint8(batch["image"][i]),
+                batch["image"][i],
                 records.texts[row],
                 batch["mask"][i].astype(bool),
                 upsample(outputs[""]["mask_logits"][i], batch["mask"][i].shape) > 0,
@@ -200,6 +211,9 @@ class Evaluator:
         for row, sentence in enumerate(records.texts):
             cells = [image_ids[row], object_ids[row], records.sentence_ids[row], sentence]
             for pair in pixels.values():
+                if not counts.counted[row]:
+                    cells += ["", "", ""]
+                    continue
                 i, u = pair[row]
                 cells += [i, u, f"{i / u if u else 0.0:.6f}"]
             writer.writerow(cells)
@@ -238,10 +252,6 @@ def other_pairs(image_rows: np.ndarray, seed: int) -> np.ndarray:
     return partner
 
 
-def _to_uint8(image: np.ndarray) -> np.ndarray:
-    return np.clip(np.round(255 * (image * ops.STD + ops.MEAN)), 0, 255).astype(np.uint8)
-
-
 def upsample(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bilinear resize of [h, w] to `size` with the corners aligned, as the network does it on the device."""
     rows, columns = (
@@ -278,6 +288,10 @@ def table(results: dict[str, dict]) -> str:
             figures = {k: v for k, v in result[protocol].items() if k != "types"}
             shown = "  ".join(f"{k} {_cell(v)}" for k, v in figures.items())
             lines.append(f"{split:<8}{protocol:<10}{shown}")
+        if "left_out" in result:
+            lines.append(
+                f"{split:<8}{'left out':<10}{result['left_out']['count']} examples that cannot be read"
+            )
         if "constant_mask" in result:
             lines.append(
                 f"{split:<8}{'constant':<10}oIoU {_cell(result['constant_mask']['oIoU'])}  (best constant mask)"

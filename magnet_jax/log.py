@@ -62,7 +62,9 @@ class Log:
         """One line per evaluated split, e.g. `step 500  val  squash oIoU 31.2 mIoU 33.0 | ...`."""
         parts = []
         for protocol, figures in results.items():
-            if protocol != "shuffled_text":
+            if protocol == "left_out":
+                parts.append(f"{figures['count']} examples left out")
+            elif protocol != "shuffled_text":
                 shown = [
                     f"{k} {_number(v)}" for k, v in figures.items() if k in ("oIoU", "mIoU", "gIoU", "cIoU")
                 ]

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from magnet_jax.errors import UserError
 from magnet_jax.models import Lavt, MagNet, MaskGrounding, Output, TextProjection
 
+# Of ImageNet, RGB; what the published encoders were trained with (data spec section 3).
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MODELS = {"magnet": MagNet, "lavt": Lavt}
 
 
@@ -34,9 +36,8 @@ class Network:
 
     def init(self, key: jax.Array, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Initial variables for batches shaped like `batch` (arrays or shapes; only the first example is looked at)."""
-        image, ids = (
-            jnp.zeros((1, *batch[name].shape[1:]), batch[name].dtype) for name in ("image", "text_ids")
-        )
+        ids = jnp.zeros((1, *batch["text_ids"].shape[1:]), batch["text_ids"].dtype)
+        image = jnp.zeros((1, *batch["image"].shape[1:]))
         words = jnp.ones_like(ids)
         model_key, grounding_key, projection_key = jax.random.split(key, 3)
         output, variables = self.model.init_with_output(model_key, image, ids, words)
@@ -59,7 +60,17 @@ class Network:
     def apply(self, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> Output:
         """The model on a batch, as evaluation and prediction use it."""
         of_model = {"params": variables["params"]["model"], "batch_stats": variables["batch_stats"]}
-        return self.model.apply(of_model, batch["image"], batch["text_ids"], batch["text_mask"])
+        return self.model.apply(of_model, normalise(batch["image"]), batch["text_ids"], batch["text_mask"])
+
+
+def normalise(image: jax.Array) -> jax.Array:
+    """Bytes [..., 3], which are what is sent to the device, to float32: / 255, minus the mean, over the deviation.
+
+    Images of floating-point numbers are taken for normalised ones.
+    """
+    if jnp.issubdtype(image.dtype, jnp.floating):
+        return image
+    return (image.astype(jnp.float32) / 255 - jnp.asarray(MEAN)) / jnp.asarray(STD)
 
 
 def build_model(config: ConfigDict) -> nn.Module:

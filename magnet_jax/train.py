@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import input_pipeline
-from input_pipeline import Loader
+from input_pipeline import Augmentation, Loader
 from input_pipeline.device import prefetch_to_device
 from magnet_jax import visualize
 from magnet_jax import workdir as run_files
@@ -49,9 +49,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     check_batch_size("eval", config, mesh)
 
     # --------------------------------------------------------------------------------------------------------- data
-    records = input_pipeline.load(
-        config.data.source, config.data.train_split, seed=config.data.seed, **config.data.options.to_dict()
-    )
+    records = input_pipeline.load_split(config.data, config.data.split)
     loader = Loader(
         records,
         tokenizer,
@@ -60,6 +58,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
         seed=config.seed,
         train=True,
         sentences=config.data.sentences,
+        augmentation=Augmentation(**config.data.augment.to_dict()),
+        max_bad_share=config.data.max_bad_share,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         prefetch=config.data.prefetch,
@@ -139,6 +139,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
         if not rows:
             return {}
         means = {name: float(np.mean([row[name] for _, row in rows])) for name in rows[0][1]}
+        left_out = sum(float(row["left_out"]) for _, row in rows)
+        del means["left_out"]
+        if left_out:  # A number, not a mean, and only where there is something to say.
+            means["left_out"] = left_out
         return means | {"learning_rate": float(rows[-1][1]["learning_rate"])}
 
     def save(step: int, score: float | None = None) -> None:
@@ -196,8 +200,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
         write_panels(log, workdir, total_steps, split, pictures)
     if first_process:
         run_files.write_json(workdir / "results.json", results)
-        metric = f"{config.data.monitor_split}/{config.checkpoint.best_metric}"
-        run_files.write_atomically(workdir / "curves.png", visualize.curves(log.history.read(), metric))
+        pictured = visualize.curves(
+            log.history.read(), config.data.monitor_split, config.checkpoint.best_metric
+        )
+        run_files.write_atomically(workdir / "curves.png", pictured)
     log.say(table(results))
     log.say(f"results in '{workdir / 'results.json'}', curves in '{workdir / 'curves.png'}'")
     log.close()

@@ -15,7 +15,7 @@ from magnet_jax import losses
 from magnet_jax.models import Output
 from magnet_jax.models.grounding import mask_words
 from magnet_jax.models.layers import resize_align_corners
-from magnet_jax.network import Network
+from magnet_jax.network import Network, normalise
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -106,13 +106,13 @@ def total_loss(
 
     A weight of 0 removes a term and its computation.
     """
-    mask_key, dropout_key, clean_key, head_key = jax.random.split(key, 4)
-    ids, text_mask = batch["text_ids"], batch["text_mask"]
+    mask_key, dropout_key, clean_key, head_key = _keys(key)
+    image, ids, text_mask = normalise(batch["image"]), batch["text_ids"], batch["text_mask"]
 
     def forward(ids, key):
         return network.model.apply(
             {"params": params["model"], "batch_stats": batch_stats},
-            batch["image"],
+            image,
             ids,
             text_mask,
             train=True,
@@ -121,16 +121,7 @@ def total_loss(
         )
 
     if config.grounding:
-        masked_ids, labels = mask_words(
-            mask_key,
-            ids,
-            maskable_words(text_mask),
-            config.mask_id,
-            ratio=config.mask_ratio,
-            keep=config.mask_keep,
-            at_least_one=config.mask_at_least_one,
-            sentences=config.mask_sentences,
-        )
+        masked_ids, labels = _hide_words(mask_key, ids, text_mask, config)
         grounded, updates = forward(masked_ids, dropout_key)
         output, updates = (grounded, updates) if config.grounding_shared_pass else forward(ids, clean_key)
     else:
@@ -165,6 +156,39 @@ def total_loss(
     return loss, (metrics, updates.get("batch_stats", {}))
 
 
+def _keys(key: jax.Array) -> tuple[jax.Array, ...]:
+    """For the words that are hidden, the dropout, that of a clean pass of its own, and that of the head."""
+    return tuple(jax.random.split(key, 4))
+
+
+def _hide_words(
+    key: jax.Array, ids: jax.Array, text_mask: jax.Array, config: ConfigDict
+) -> tuple[jax.Array, jax.Array]:
+    return mask_words(
+        key,
+        ids,
+        maskable_words(text_mask),
+        config.mask_id,
+        ratio=config.mask_ratio,
+        keep=config.mask_keep,
+        at_least_one=config.mask_at_least_one,
+        sentences=config.mask_sentences,
+    )
+
+
+def step_key(seed: jax.Array | int, step: jax.Array | int) -> jax.Array:
+    """The key of all that is random in the step that follows `step` steps."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def masked_sentences(seed: int, step: int, batch: Batch, config: ConfigDict) -> jax.Array:
+    """What the network reads in that step: ids `[B, L]` with hidden words, whole ones without Mask Grounding."""
+    if not config.grounding:
+        return batch["text_ids"]
+    mask_key = _keys(step_key(seed, step))[0]
+    return _hide_words(mask_key, batch["text_ids"], batch["text_mask"], config)[0]
+
+
 def maskable_words(text_mask: jax.Array) -> jax.Array:
     """Words that Mask Grounding may hide, all real tokens but the first and the last ([CLS], [SEP]): `[B, L]` bool."""
     last = text_mask.sum(-1, keepdims=True) - 1
@@ -181,7 +205,7 @@ def make_train_step(
     """The pure step `(state, batch) -> (state, metrics)`; `config` is `config.loss`; `schedule` adds its rate."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        key = step_key(state.seed, state.step)
         gradient_of = jax.value_and_grad(total_loss, argnums=1, has_aux=True)
         (_, (metrics, batch_stats)), gradient = gradient_of(
             network, state.params, state.batch_stats, batch, key, config
@@ -189,6 +213,8 @@ def make_train_step(
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.global_norm(gradient)
+        # Of examples that the data could not give; padding does not occur in training.
+        metrics["left_out"] = (~batch["valid"]).sum().astype(jnp.float32)
         if schedule is not None:
             metrics["learning_rate"] = schedule(state.step)
         new = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)

@@ -124,7 +124,7 @@ def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of a global training batch."""
     b, side, words = config.data.batch_size, config.data.image_size, config.data.max_words
     return {
-        "image": jax.ShapeDtypeStruct((b, side, side, 3), np.float32),
+        "image": jax.ShapeDtypeStruct((b, side, side, 3), np.uint8),
         "mask": jax.ShapeDtypeStruct((b, side, side), np.uint8),
         "text_ids": jax.ShapeDtypeStruct((b, words), np.int32),
         "text_mask": jax.ShapeDtypeStruct((b, words), np.int32),

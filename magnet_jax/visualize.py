@@ -10,10 +10,13 @@ _CAPTION, _MARGIN = 34, 4  # Heights in pixels.
 _TRUTH, _PREDICTION = (40, 180, 70), (230, 60, 40)
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = _PREDICTION) -> np.ndarray:
-    """An image uint8 [H, W, 3] with the mask bool [H, W] tinted and outlined."""
+def overlay(
+    image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = _PREDICTION, tint: float = 0.5
+) -> np.ndarray:
+    """An image uint8 [H, W, 3] with the mask bool [H, W] tinted that much and outlined."""
     mask = mask.astype(bool)
-    tinted = np.where(mask[..., None], 0.5 * image + 0.5 * np.asarray(colour), 0.75 * image).astype(np.uint8)
+    inside = (1 - tint) * image + tint * np.asarray(colour)
+    tinted = np.where(mask[..., None], inside, 0.75 * image).astype(np.uint8)
     inner = mask.copy()
     for axis in (0, 1):
         for shift in (1, -1):
@@ -45,6 +48,35 @@ def panel(
     return np.asarray(canvas)
 
 
+def captioned(image: np.ndarray, mask: np.ndarray, lines: Sequence[str], side: int = 240) -> np.ndarray:
+    """An image uint8 [H, W, 3] with its mask [H, W] drawn over it, under lines of text broken to its width."""
+    font = ImageFont.load_default(size=12)
+    width = max(1, round(side * image.shape[1] / image.shape[0]))
+    broken = [part for line in lines for part in _break(line, font, width) or [""]]
+    top = 16 * len(broken) + _MARGIN
+    canvas = Image.new("RGB", (width + _MARGIN, side + top + _MARGIN), "white")
+    drawn = Image.fromarray(
+        overlay(image, mask, _TRUTH, tint=0.0)
+    )  # Words name colours, which have to be seen.
+    picture = drawn.resize((width, side), Image.Resampling.NEAREST)
+    canvas.paste(picture, (0, top))
+    for number, line in enumerate(broken):
+        ImageDraw.Draw(canvas).text((0, 16 * number), line, fill="black", font=font)
+    return np.asarray(canvas)
+
+
+def _break(line: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """A line as several that are not wider than `width` pixels, unless a word is."""
+    lines: list[str] = []
+    for word in line.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
 def sheet(panels: Sequence[np.ndarray], columns: int = 2) -> np.ndarray:
     """Panels uint8 [h, w, 3] in rows of `columns`, in order, on one uint8 image."""
     height, width = (max(panel.shape[axis] for panel in panels) for axis in (0, 1))
@@ -63,10 +95,10 @@ def encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def curves(history: Sequence[dict], metric: str) -> bytes:
+def curves(history: Sequence[dict], split: str, metric: str) -> bytes:
     """A PNG of loss and evaluation figure against the step.
 
-    Args: history: rows of metrics.jsonl; metric: e.g. 'val/squash/oIoU'.
+    Args: history: rows of metrics.jsonl; split: e.g. 'val'; metric: e.g. 'squash/oIoU'.
     """
     from matplotlib.figure import Figure  # Slow to import, and needed once per run.
 
@@ -79,12 +111,12 @@ def curves(history: Sequence[dict], metric: str) -> bytes:
     left.set(xlabel="step", ylabel="loss", yscale="log", title="training loss")
     if terms:
         left.legend()
-    split, _, figure_name = metric.partition("/")
-    for key, label in ((metric, metric), (f"{split}/shuffled_text/{figure_name}", "sentences shuffled")):
+    name = f"{split}/{metric}"
+    for key, label in ((name, name), (f"{split}/shuffled_text/{metric}", "sentences shuffled")):
         steps, values = _series(history, key)
         if steps:
             right.plot(steps, values, marker="o", label=label)
-    right.set(xlabel="step", ylabel="%", title=metric)
+    right.set(xlabel="step", ylabel="%", title=name)
     if right.lines:
         right.legend()
     buffer = BytesIO()

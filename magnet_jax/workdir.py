@@ -19,6 +19,8 @@ _FREE += (
     "data.eval_splits",
     "data.monitor_split",
     "data.options.cache_dir",
+    "data.root",
+    "data.max_bad_share",
     "cpu_devices",
     "mesh",
     "sharding",

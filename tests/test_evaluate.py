@@ -7,10 +7,10 @@ import pytest
 from ml_collections import ConfigDict
 
 import input_pipeline
-from input_pipeline import Tokenizer, masks
+from input_pipeline import DataError, Tokenizer, masks
 from magnet_jax.evaluate import Evaluator, other_pairs, table, upsample
 from magnet_jax.sharding import make_mesh
-from tests.test_input_pipeline_refer import TWO, write_tree
+from tests.test_input_pipeline_refer import TWO, instances, write_tree
 from tests.tiny import tiny_config
 
 MESH = make_mesh((("data", -1),))
@@ -184,12 +184,40 @@ def test_a_line_for_every_expression(tmp_path):
     assert "original" not in (tmp_path / "squash.csv").read_text().splitlines()[0]
 
 
+def test_examples_that_cannot_be_read_are_left_out_and_counted(tmp_path):
+    """The figures are those of the others alone."""
+    config = config_with(eval__batch_size=2)
+    config.data.source, config.data.options = "refer", ConfigDict()
+    config.data.root, config.data.image_size = str(write_tree(tmp_path)), 40
+    config.data.max_bad_share = 0.7
+    whole, _ = Evaluator(text_step, tokenizer(), config, MESH)(None, "val")
+    assert "left_out" not in whole
+    content = instances()
+    content["annotations"][0]["segmentation"] = {"size": [40, 60], "counts": [7]}
+    write_tree(tmp_path, content=content)
+    results, _ = Evaluator(text_step, tokenizer(), config, MESH)(None, "val", csv_file=tmp_path / "val.csv")
+    assert results["left_out"] == {"count": 2}
+    assert "left out  2 examples that cannot be read" in table({"val": results})
+    for protocol in ("squash", "original", "gres"):
+        assert results[protocol]["count"] == 1
+    with open(tmp_path / "val.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["squash IoU"] == "" for row in rows] == [True, True, False]
+    assert results["squash"]["mIoU"] == pytest.approx(100 * float(rows[2]["squash IoU"]), abs=1e-4)
+    assert results["original"]["oIoU"] == pytest.approx(
+        100 * int(rows[2]["original I"]) / int(rows[2]["original U"])
+    )
+    config.data.max_bad_share = 0.5
+    with pytest.raises(DataError, match="split 'val': 2 of 3 examples cannot be used"):
+        Evaluator(text_step, tokenizer(), config, MESH)(None, "val")
+
+
 @pytest.mark.parametrize("batch_size", [2, 4])
 def test_a_refer_tree_under_both_ground_truth_rules(tmp_path, batch_size):
     """Its first object has two polygons that overlap: background for 'squash', object for 'original'."""
     config = config_with(eval__batch_size=batch_size)
-    config.data.source = "refer"
-    config.data.options = ConfigDict({"root": str(write_tree(tmp_path))})
+    config.data.source, config.data.options = "refer", ConfigDict()
+    config.data.root = str(write_tree(tmp_path))
     config.data.image_size = 40
     results, _ = Evaluator(truth_step, tokenizer(), config, MESH)(None, "val", csv_file=tmp_path / "val.csv")
     assert results["squash"]["count"] == 3

@@ -32,7 +32,7 @@ def written(tmp_path_factory):
     assert counts["refer"] == counts["jsonl"] == list(range(1, total + 1))
     sources = {
         "refer": {"root": str(folder / "refer")},
-        "jsonl": {"path": str(folder / "jsonl" / "data.jsonl")},
+        "jsonl": {"root": str(folder / "jsonl")},
     }
     return records, sources
 
@@ -109,7 +109,7 @@ def test_what_a_refer_tree_cannot_say_leaves_nothing(tmp_path):
         write_refer({"val": shapes("val", generalised=True)}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     write_jsonl({"val": shapes("val", generalised=True)}, tmp_path / "out")
-    found = input_pipeline.load("jsonl", "val", path=str(tmp_path / "out" / "data.jsonl"))
+    found = input_pipeline.load("jsonl", "val", root=str(tmp_path / "out" / "data.jsonl"))
     assert any(not masks.decode(r.segmentation, 48, 48).any() for r in found)
 
 
@@ -166,7 +166,7 @@ def write_lines(folder, *lines):
 
 
 def load(path, split="train"):
-    return input_pipeline.load("jsonl", split, path=str(path))
+    return input_pipeline.load("jsonl", split, root=str(path))
 
 
 LINE = {"image": "a.png", "mask": "mask.png", "text": "the red thing"}
@@ -182,7 +182,7 @@ def test_lines_of_every_form(tmp_path):
         {"image": "a.png", "polygons": box, "text": ["one", "two"], "id": "x"},
         {"image": "./a.png", "rle": rle, "text": "all of it", "split": "val"},
     )
-    assert input_pipeline.splits("jsonl", path=str(path)) == ("train", "val")
+    assert input_pipeline.splits("jsonl", root=str(path)) == ("train", "val")
     records = load(path)
     assert isinstance(records, Records)
     assert [r.text for r in records] == ["the red thing", "one", "two"]
@@ -202,12 +202,10 @@ def test_lines_of_every_form(tmp_path):
         ("[1]", r"line 2: expected an object \{...\}, found \[1\]"),
         ({"image": "a.png", "text": "x"}, "line 2: expected one of mask, polygons, rle, found none"),
         (LINE | {"rle": {}}, "line 2: expected one of .*, found mask, rle"),
-        (LINE | {"text": " "}, "line 2: 'text' must be a sentence or a list of them"),
+        (LINE | {"text": 1}, "line 2: 'text' must be a sentence or a list of them"),
         (LINE | {"text": []}, "line 2: 'text' must be"),
         (LINE | {"text": [3]}, "line 2: 'text' must be"),
         (LINE | {"image": 3}, "line 2: 'image' must be a path"),
-        (LINE | {"image": "none.png"}, "line 2: .*none.png: no such file"),
-        (LINE | {"image": "mine.jsonl"}, "line 2: .*mine.jsonl: not a readable image"),
         (LINE | {"image": "../a.png"}, r"line 2: 'image' is '../a.png', which leads out of"),
         (LINE | {"image": "/etc/hosts"}, "line 2: 'image' is '/etc/hosts', which leads out of"),
         (LINE | {"mask": "../mask.png"}, "line 2: 'mask' is '../mask.png', which leads out of"),
@@ -237,9 +235,9 @@ def test_masks_are_read_when_they_are_asked_for(tmp_path):
     (tmp_path / "mask.png").unlink()
     with pytest.raises(DataError, match=r"mask.png: not a readable mask"):
         _ = records[0].segmentation
-    with pytest.raises(DataError, match="no such file; config.data.options.path must name a .jsonl file"):
+    with pytest.raises(DataError, match="no such file; config.data.root must name a .jsonl file"):
         load(tmp_path / "other.jsonl")
-    with pytest.raises(DataError, match="config.data.options.path is missing"):
+    with pytest.raises(DataError, match="config.data.root is missing"):
         input_pipeline.load("jsonl", "train")
 
 
@@ -258,7 +256,7 @@ def test_shapes_from_the_command_line(tmp_path, capsys, form):
         "--flavour=refcoco",
     ]
     assert main(flags) == 0
-    options = {"refer": {"root": str(out)}, "jsonl": {"path": str(out / "data.jsonl")}}[form]
+    options = {"refer": {"root": str(out)}, "jsonl": {"root": str(out / "data.jsonl")}}[form]
     expected = input_pipeline.load("shapes", "testB", scenes=2, image_size=40, flavour="refcoco")
     found = input_pipeline.load(form, "testB", **options)
     assert sorted(r.text for r in found) == sorted(expected.texts)

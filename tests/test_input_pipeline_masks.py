@@ -69,16 +69,81 @@ def test_no_object_is_an_empty_mask():
     assert not masks.decode([], 3, 4).any()
 
 
-@pytest.mark.parametrize("bad", [[[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [3], {"counts": "x"}, ["text"]])
+@pytest.mark.parametrize(
+    "bad", [[[1, 2, 3, 4, 5, 6, 7]], [3], {"counts": "x"}, ["text"], [["a"] * 6], [[[1, 2]] * 3]]
+)
 def test_what_is_no_segmentation_is_refused(bad):
     with pytest.raises(DataError, match=r"segmentation: expected polygons"):
         masks.decode(bad, 9, 9)
+
+
+def test_polygons_without_area_cover_nothing():
+    for empty in ([[]], [[1, 2]], [[1, 2, 6, 7]], [[2, 2, 7, 7, 2, 2]], [[-9, -9, -3, -9, -3, -3]]):
+        assert masks.decode(empty, 9, 9).sum() == 0, empty
+    square = rectangle(2, 2, 5, 5)
+    for rule in (masks.UNION, masks.EXACTLY_ONE):
+        assert masks.decode([square, [], [1, 1, 8, 8]], 9, 9, rule).sum() == 9
+
+
+def test_polygons_may_leave_the_image():
+    expected = np.zeros((6, 9), np.uint8)
+    expected[:3, 5:] = 1
+    assert np.array_equal(masks.decode([rectangle(5, -4, 20, 3)], 6, 9), expected)
+
+
+@pytest.mark.parametrize("wrong", [1e9, -1e9, float("nan"), float("inf")])
+def test_corners_that_cannot_be_are_refused(wrong):
+    for place in range(6):
+        corners = [1, 1, 5, 1, 5, 5]
+        corners[place] = wrong
+        with pytest.raises(DataError, match="segmentation: a polygon reaches to"):
+            masks.decode([corners], 9, 9)
+
+
+def test_run_lengths_that_do_not_fill_the_image_are_refused():
+    """pycocotools would show whatever the memory holds."""
+    mask = (np.random.RandomState(3).rand(9, 7) > 0.6).astype(np.uint8)
+    whole = masks.encode(mask)["counts"]
+    runs = [0, 3, 5, 55]
+    assert sum(runs) == mask.size
+    bad = [
+        whole[:-1],
+        whole + b"1",
+        b"",
+        b"zz",
+        b"\xff\xff",
+        whole[1:],
+        runs[:-1],
+        [*runs, 1],
+        [-1, 64],
+        [63.0],
+        7,
+    ]
+    for counts in bad:
+        with pytest.raises(DataError, match="the runs of an RLE do not fill the 9x7 image"):
+            masks.decode({"size": [9, 7], "counts": counts}, 9, 7)
+    assert masks.decode({"size": [9, 7], "counts": runs}, 9, 7).sum() == 58
+
+
+def test_run_lengths_of_any_length_are_understood():
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.02, 0.5, 0.97, 1.0):
+        for _ in range(20):
+            mask = (rng.random(rng.integers(1, 150, 2)) < share).astype(np.uint8)
+            mask[: rng.integers(0, mask.shape[0] + 1)] = 1
+            assert np.array_equal(masks.decode(masks.encode(mask), *mask.shape), mask)
+    large = np.zeros((3000, 2500), np.uint8)
+    large[2999, 2499] = 1
+    assert np.array_equal(masks.decode(masks.encode(large), *large.shape), large)
 
 
 def test_sizes_and_rules_are_checked():
     rle = masks.encode(np.ones((4, 6), np.uint8))
     with pytest.raises(DataError, match=r"RLE of size 4x6 for an image of 6x4"):
         masks.decode(rle, 6, 4)
+    for size in (24, [4], [4, 6, 1], "46"):
+        with pytest.raises(DataError, match="RLE of size .* for an image of 4x6"):
+            masks.decode(rle | {"size": size}, 4, 6)
     with pytest.raises(DataError, match=r"rule 'any'"):
         masks.decode(rle, 4, 6, "any")
 

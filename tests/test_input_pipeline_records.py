@@ -77,7 +77,7 @@ def test_registry(monkeypatch):
     monkeypatch.setattr(records, "_SOURCES", dict(records._SOURCES))
 
     @source("mine", lambda **options: ("train", "holdout"))
-    def load_mine(split, *, seed, size=1):
+    def load_mine(split, *, root, seed, size=1):
         return Records.from_list(make(size), split)
 
     assert splits("mine") == ("train", "holdout")

@@ -122,8 +122,9 @@ def test_unknown_data_sets_partitions_and_empty_splits(tmp_path):
         load(tmp_path, dataset="refcocos")
     with pytest.raises(DataError, match="refer: 'refcoco' has no partition 'umd'; it has unc, google"):
         load(tmp_path, partition="umd")
-    with pytest.raises(DataError, match=r"refs\(unc\).p: no object of split 'testB'"):
-        load(tmp_path, "testB")
+    assert len(load(tmp_path, "testB")) == 0
+    with pytest.raises(DataError, match="split 'testB' has no examples"):
+        Loader(load(tmp_path, "testB"), Tokenizer("shapes"), batch_size=1, image_size=(8, 8))
 
 
 class Attack:
@@ -186,4 +187,19 @@ def test_what_is_missing_is_named(tmp_path, missing):
     path.rename(tmp_path / "elsewhere")
     name = str(path).replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(DataError, match=name):
+        load(tmp_path)
+
+
+def test_an_object_without_polygons_is_an_object_all_the_same(tmp_path):
+    content = instances()
+    content["annotations"][0]["segmentation"] = []
+    record = load(write_tree(tmp_path, content=content))[0]
+    assert record.segmentation == [[]]  # [] would say that the sentence means nothing.
+
+
+def test_an_object_of_another_picture_is_refused(tmp_path):
+    write_tree(tmp_path, refs=[*REFS, ref(8, 100, "val", sentence(81, "x"))])
+    with pytest.raises(
+        DataError, match=r"object 8 is said to be in image 100, but .*instances.json has it in image 101"
+    ):
         load(tmp_path)
