@@ -56,7 +56,7 @@ def test_step_descends_along_the_gradient(step):
     assert int(new.seed) == 3
     assert_same(new.params, jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient))
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradient)))
-    expected |= {"grad_norm": norm, "learning_rate": 3.5}
+    expected |= {"grad_norm": norm, "learning_rate": 3.5, "left_out": 0.0}
     assert {name: float(x) for name, x in metrics.items()} == pytest.approx(expected, rel=1e-4)
 
 
