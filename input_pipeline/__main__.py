@@ -63,8 +63,9 @@ def show(arguments: argparse.Namespace) -> None:
 
     config = read_config(arguments.rest)
     split = arguments.split or config.data.split
-    write_atomically(arguments.out, visualize.encode_png(preview(config, split, arguments.n)))
-    print(f"{arguments.n} examples of '{split}' in '{arguments.out}'")
+    sheet, shown = preview(config, split, arguments.n)
+    write_atomically(arguments.out, visualize.encode_png(sheet))
+    print(f"{shown} examples of '{split}' in '{arguments.out}'")
 
 
 def measure(arguments: argparse.Namespace) -> None:

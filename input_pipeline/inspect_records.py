@@ -187,6 +187,9 @@ def _masks(splits: Sequence[Records], summary: Summary, name: str) -> Iterator[s
     with tqdm(total=total, desc=f"{name} masks", file=sys.stderr, unit=" masks") as bar:
         for records in splits:
             for row in range(len(records.segmentations)):
+                if not records.sizes[records.object_images[row]].any():
+                    bar.update()  # Its picture is missing, which has been said.
+                    continue
                 try:
                     examples.truth(records, row, empty=False)
                 except DataError as error:

@@ -79,6 +79,8 @@ class _Shapes(Sequence[list | dict]):
             return shape
         try:
             with Image.open(shape) as opened:
+                if opened.format == "JPEG":
+                    raise ValueError("JPEG blurs the borders of masks; write PNG")
                 pixels = np.asarray(
                     opened.convert("L") if opened.mode not in ("1", "L", "I", "I;16") else opened
                 )
@@ -87,26 +89,47 @@ class _Shapes(Sequence[list | dict]):
         return masks.encode((pixels > 0).astype(np.uint8))
 
 
+def wrong_lines(root: str) -> list[str]:
+    """What is wrong with each line that cannot be used; raises DataError for a file that is not there or is empty."""
+    return _parse(root)[1]
+
+
 def _read(root: str) -> list[dict]:
     """The lines, checked and completed: absolute paths, lists of sentences and types, the line's number."""
+    lines, wrong = _parse(root)
+    if wrong:
+        more = f" (and {len(wrong) - 1} more wrong lines: `prepare --source=jsonl` lists them)"
+        raise DataError(wrong[0] + more * (len(wrong) > 1))
+    return lines
+
+
+def _parse(root: str) -> tuple[list[dict], list[str]]:
     if not root:
         raise DataError("config.data.root is missing; give the .jsonl file")
     path = Path(root) / NAME if Path(root).is_dir() else Path(root)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             numbered = [(number, text) for number, text in enumerate(file, 1) if text.strip()]
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; config.data.root must name a .jsonl file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a text file in UTF-8 ({error.reason})") from error
-    return [_line(path, number, text) for number, text in numbered]
+    if not numbered:
+        raise DataError(f"{path}: empty; a line for each object is needed")
+    lines, wrong = [], []
+    for number, text in numbered:
+        try:
+            lines.append(_line(path, number, text))
+        except DataError as error:
+            wrong.append(str(error))
+    return lines, wrong
 
 
 def _line(path: Path, number: int, text: str) -> dict:
     where = f"{path}, line {number}"
     try:
         line = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from error
     if not isinstance(line, dict):
         raise DataError(f"{where}: expected an object {{...}}, found {text.strip()[:40]}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from input_pipeline import grefcoco, inspect_records, prepare_layout, refer, tfds_manual
+from input_pipeline import grefcoco, inspect_records, jsonl, prepare_layout, refer, tfds_manual
 from input_pipeline import records as registry
 from input_pipeline.cache import FOLDER
 from input_pipeline.records import DataError, Records
@@ -120,6 +120,8 @@ def _refer_tree(
 ) -> tuple[prepare_layout.Layout, list[Part]]:
     """What is there of a REFER tree; what is not, or cannot be read, is added to `problems`."""
     there = prepare_layout.data_sets(root)
+    if not there and root.suffix == ".jsonl":
+        raise DataError(f"'{root}': a REFER tree is a folder; for this file give --source=jsonl")
     if not there:
         print(prepare_layout.recipe(root))
         raise DataError(f"'{root}': no data set there; the steps above tell how to get one")
@@ -185,6 +187,13 @@ def _source(arguments: argparse.Namespace) -> Part:
     if arguments.partition and arguments.source == "jsonl":
         raise DataError("--partition is not of --source=jsonl, which has none")
     root = Path(arguments.root)
+    if arguments.source == "jsonl":
+        wrong = jsonl.wrong_lines(arguments.root)
+        if wrong:
+            print("\n".join(wrong))
+            raise DataError(
+                f"'{arguments.root}': {len(wrong)} wrong lines, listed above; mend them and run this again"
+            )
     if arguments.source == "grefcoco":
         return _partition(root, "grefcoco", arguments.partition or next(iter(grefcoco.PARTITIONS)))
     options = {}

@@ -236,7 +236,10 @@ def load(source: str, split: str, *, root: str = "", seed: int = 0, **options) -
     try:
         inspect.signature(found.load).bind(split, root=root, seed=seed, **options)
     except TypeError as error:
-        raise DataError(f"data source {source!r}: config.data.options has {error}") from None
+        raise DataError(
+            f"data source {source!r}: config.data.options has {error}; --config.data.options={{}} clears what is of another "
+            "source"
+        ) from None
     names = found.splits(root=root, **options)
     if split not in names:
         raise DataError(f"data source {source!r} has no split {split!r}; it has: {', '.join(names)}")

@@ -14,8 +14,8 @@ from magnet_jax.train_step import masked_sentences
 from magnet_jax.trained import with_vocabulary
 
 
-def preview(config: ConfigDict, split: str, n: int) -> np.ndarray:
-    """A sheet uint8 [H, W, 3] of n examples.
+def preview(config: ConfigDict, split: str, n: int) -> tuple[np.ndarray, int]:
+    """A sheet uint8 [H, W, 3] of n examples, or of as many as there are, and their number.
 
     Of the split that is trained on, the first ones of the training, changed at random and with hidden words as they will
     be; of any other, ones from all over it. Raises DataError as the data do, and UserError as the configuration does.
@@ -43,7 +43,7 @@ def preview(config: ConfigDict, split: str, n: int) -> np.ndarray:
         raise DataError(
             f"split '{split}': none of {n} examples can be shown: {next(iter(loader.bad.values()))}"
         )
-    return visualize.sheet(pictures, columns=4)
+    return visualize.sheet(pictures, columns=4), len(pictures)
 
 
 def _loader(records, tokenizer: Tokenizer, config: ConfigDict, train: bool, n: int) -> Loader:

@@ -49,6 +49,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     check_batch_size("eval", config, mesh)
 
     # --------------------------------------------------------------------------------------------------------- data
+    check_splits(config)
     records = input_pipeline.load_split(config.data, config.data.split)
     loader = Loader(
         records,
@@ -209,6 +210,16 @@ def train(config: ConfigDict, workdir: str) -> dict:
     log.close()
     checkpointer.close()
     return results
+
+
+def check_splits(config: ConfigDict) -> None:
+    """Raises UserError for a split to evaluate that the data have not, which would else show hours later."""
+    data = config.data
+    there = input_pipeline.splits(data.source, root=data.root, **data.options.to_dict())
+    for field, names in (("eval_splits", data.eval_splits), ("monitor_split", (data.monitor_split,))):
+        for name in names:
+            if name not in there:
+                raise UserError(f"config.data.{field} has '{name}'; the data have {', '.join(there)}")
 
 
 def check_best_metric(config: ConfigDict, figures: Collection[str]) -> None:

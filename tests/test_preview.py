@@ -101,8 +101,8 @@ def test_other_splits_are_shown_whole_and_from_end_to_end(drawn):
     assert texts[-1] == records.texts[-1]
     assert not any("[MASK]" in lines[1] for _, _, lines in drawn)
     drawn.clear()
-    module.preview(config, "val", 10**6)
-    assert len(drawn) == len(records)
+    _, shown = module.preview(config, "val", 10**6)
+    assert shown == len(drawn) == len(records)
 
 
 def test_show_from_the_command_line(tmp_path, capsys):
@@ -132,6 +132,10 @@ def test_show_from_the_command_line(tmp_path, capsys):
         (["show", "--config=configs/debug.py", "--n=0"], "error: --n is 0; expected at least 1"),
         (["show", "--config=configs/debug.py", "--split=none"], "has no split 'none'; it has: train, val"),
         (["show", "--config=configs/own.py"], "error: weights/bert: no such vocabulary"),
+        (
+            ["show", "--config=configs/debug.py", "--config.data.source=jsonl"],
+            "clears what is of another source",
+        ),
         (["shapes", "--out=x", "--colour=1"], "error: '--colour=1' is not a flag of this command"),
     ],
 )
