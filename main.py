@@ -4,6 +4,7 @@ python main.py --config=configs/shapes.py --workdir=DIR [--config.a.b=value ...]
 python main.py --mode=eval --workdir=DIR
 python main.py --mode=predict --workdir=DIR --image=FILE --text="the red ring" --output=out.png
 python main.py --mode=export --workdir=DIR --format=released --output=out.safetensors
+python main.py --mode=compile --config=configs/refcoco.py --topology=v5e:4x4,h100:8 [--output=report.json]
 """
 
 import os
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 
 from magnet_jax.errors import config_error
 
-MODES = ("train", "eval", "predict", "export")
+MODES = ("train", "eval", "predict", "export", "compile")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, e.g. configs/shapes.py; needed to train."
 )
@@ -32,9 +33,15 @@ _TEXT = flags.DEFINE_multi_string(
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "What predict writes (out.png; the mask goes beside it), and export (.safetensors or .pth).",
+    "What predict writes (out.png; the mask goes beside it), export (.safetensors or .pth) and compile (.json).",
 )
 _FORMAT = flags.DEFINE_string("format", "released", "Layout that export writes.")
+_TOPOLOGY = flags.DEFINE_list(
+    "topology",
+    [],
+    "Hardware to compile for, which need not be here: v5e:4x4, v5p:8x8x16, v6e:2x4, h100:8, cpu:8.",
+)
+_STEP = flags.DEFINE_enum("step", "train", ("train", "eval"), "What to compile.")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes of a run (jax.distributed).")
 
 
@@ -68,15 +75,24 @@ def run(config) -> None:
     from magnet_jax.host_memory import compute_in_main_thread, keep_freed_memory
     from magnet_jax.workdir import load_config
 
-    needed = {"workdir": _WORKDIR.value}
+    needed = {} if _MODE.value == "compile" else {"workdir": _WORKDIR.value}
     needed |= {
         "train": {"config": config},
         "predict": {"image": _IMAGE.value},
         "export": {"output": _OUTPUT.value},
+        "compile": {"config": config, "topology": _TOPOLOGY.value},
     }.get(_MODE.value, {})
     for name, value in needed.items():
         if not value:
             raise UserError(f"--{name} is missing; --mode={_MODE.value} needs it")
+    if _MODE.value == "compile":
+        from magnet_jax import hardware
+
+        hardware.prepare(_TOPOLOGY.value)
+        from magnet_jax.compile import compile_all
+
+        compile_all(config, _TOPOLOGY.value, _STEP.value, _OUTPUT.value)
+        return
     config = load_config(_WORKDIR.value) if config is None else config
     one_device = config.cpu_devices == 1 and not _DISTRIBUTED.value
     if one_device:

@@ -44,6 +44,11 @@ def get_config() -> ConfigDict:
     model.fusion_heads = (1, 1, 1, 1)  # Heads of the pixel-word attention, by stage.
     model.fusion_dropout = 0.0
     model.language_fusion = "masked"  # 'released' is what the published weights need.
+    # Parts that the backward pass computes again instead of keeping them in memory: some of 'stage_1' (the largest) to
+    # 'stage_4', 'text', 'decoder'; the policy is 'nothing' (is kept but inputs of blocks) or 'dots' (results of linear
+    # layers, too).
+    model.remat = ()
+    model.remat_policy = "nothing"
     model.gate_init = "open"  # 'released': the published initial values, whose language gates never open.
     model.swin = swin = ConfigDict()  # Swin-B.
     swin.embed_dim = 128
@@ -131,6 +136,8 @@ def get_config() -> ConfigDict:
     c.train = train = ConfigDict()
     train.steps = 0  # 0: as many as `epochs` say.
     train.epochs = 40
+    train.accumulate = 1  # Parts that a batch is taken in, one after another, to save memory.
+    train.ema = 0.0  # Decay of a running mean of the parameters, which is then what is evaluated; 0 for none.
     train.log_every = 50  # Steps between log lines.
     train.eval_every = 2000  # Steps between evaluations of the monitor split; 0 for only at the end.
 
@@ -149,6 +156,11 @@ def get_config() -> ConfigDict:
     checkpoint.best_metric = "squash/oIoU"  # 'protocol/figure' on the monitor split; higher is better.
     checkpoint.load = "latest"  # What --mode=eval and --mode=predict read: 'latest' or 'best'.
 
-    c.mesh = (("data", -1),)  # Named axes of the device mesh; -1: all devices that are left.
-    c.sharding = ((".*", "replicate"),)  # ((expression, 'replicate' | 'fsdp'), ...) by parameter name.
+    # 'jit' over the mesh below, or 'pmap': the same step, data-parallel, by the older transformation.
+    c.parallelism = "jit"
+    # Named axes of the device mesh; -1: all devices that are left. Batches are split over 'data' and 'fsdp'.
+    c.mesh = (("data", -1),)
+    # ((expression, tactic), ...) by parameter name: 'replicate', or the axis to split the largest dimension over; 'fsdp'
+    # means 'data' where there is no such axis.
+    c.sharding = ((".*", "replicate"),)
     return c

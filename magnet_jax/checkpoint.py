@@ -93,7 +93,10 @@ class Checkpointer:
                 meta=ocp.args.JsonRestore(),
             ),
         )
-        return shapes.replace(**found.variables, **found.rest), found.meta
+        fields = found.variables | found.rest
+        if shapes.ema is not None:
+            fields["ema"] = found.variables["params"]
+        return shapes.replace(**fields), found.meta
 
     def restore_variables(self, shapes, shardings, which: str = "latest"):
         """The variables of the 'latest' or 'best' checkpoint and its step, for evaluation and prediction."""
@@ -140,7 +143,9 @@ class Checkpointer:
 
 
 def _rest(state) -> dict:
-    return {"step": state.step, "opt_state": state.opt_state, "seed": state.seed}
+    rest = {"step": state.step, "opt_state": state.opt_state, "seed": state.seed}
+    # Where a running mean is kept, that is what `variables` has.
+    return rest if state.ema is None else rest | {"params": state.params}
 
 
 def _score(metrics: dict) -> float:

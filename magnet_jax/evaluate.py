@@ -24,7 +24,7 @@ from input_pipeline.device import to_device
 from magnet_jax import metrics
 from magnet_jax.errors import UserError
 from magnet_jax.log import flatten
-from magnet_jax.sharding import batch_sharding, replicated
+from magnet_jax.sharding import batch_parts, batch_sharding, replicated
 from magnet_jax.train_step import make_eval_step
 from magnet_jax.trained import load_trained
 from magnet_jax.workdir import write_atomically, write_json
@@ -338,10 +338,10 @@ def evaluate(workdir: str, config: ConfigDict | None = None) -> dict:
 def check_batch_size(section: str, config: ConfigDict, mesh: Mesh) -> None:
     """Raises UserError where the batches of 'data' or 'eval' cannot be divided over the devices."""
     size = config[section].batch_size
-    if size < 1 or size % mesh.size:
-        raise UserError(
-            f"config.{section}.batch_size is {size}; expected a multiple of the {mesh.size} devices"
-        )
+    parts = batch_parts(mesh) * (config.train.accumulate if section == "data" else 1)
+    if size < 1 or size % parts:
+        what = "devices" if parts == batch_parts(mesh) else "devices times config.train.accumulate"
+        raise UserError(f"config.{section}.batch_size is {size}; expected a multiple of the {parts} {what}")
 
 
 def csv_path(workdir: str | Path, split: str, config: ConfigDict) -> Path | None:

@@ -1,14 +1,20 @@
-"""Losses: arrays in, scalar out; they know no network (spec sections 5-7). All sums are float32."""
+"""Losses: arrays in, scalar out; they know no network (spec sections 5-7). All sums are float32.
+
+Every loss is a weighted mean. `total` is what its weights sum to in the whole batch, where the examples given are a part of
+it (on one of several devices, or of an accumulated gradient): the parts' losses then add up to that of the whole.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+Total = jax.Array | None
 
-def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+
+def _mean(values: jax.Array, weights: jax.Array, total: Total = None) -> jax.Array:
     """Weighted mean; 0 where all weights are 0."""
-    return (values * weights).sum() / jnp.maximum(weights.sum(), 1e-12)
+    return (values * weights).sum() / jnp.maximum(weights.sum() if total is None else total, 1e-12)
 
 
 def area_reduce(mask: jax.Array, size: tuple[int, int]) -> jax.Array:
@@ -29,49 +35,70 @@ def area_reduce(mask: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jnp.einsum("yh,bhw...,xw->byx...", rows, mask.astype(jnp.float32), columns)
 
 
-def binary_cross_entropy(logits: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+def binary_cross_entropy(
+    logits: jax.Array, target: jax.Array, weight: jax.Array, total: Total = None
+) -> jax.Array:
     """Mean over pixels, then over samples. logits, target in [0, 1] `[B, H, W]`, weight `[B]`."""
     logits = logits.astype(jnp.float32)
     loss = jnp.maximum(logits, 0) - logits * target + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-    return _mean(loss.mean((1, 2)), weight)
+    return _mean(loss.mean((1, 2)), weight, total)
 
 
 def weighted_cross_entropy(
-    logits: jax.Array, target: jax.Array, weight: jax.Array, class_weights: tuple[float, float]
+    logits: jax.Array,
+    target: jax.Array,
+    weight: jax.Array,
+    class_weights: tuple[float, float],
+    total: Total = None,
 ) -> jax.Array:
     """Cross-entropy of two classes a pixel, mean over all pixels by the weight of their class (LAVT's loss).
 
     logits `[B, H, W]` (object minus background), target `[B, H, W]` of {0, 1}, weight `[B]`; class weights of
     background and object. Spec section 8.
     """
-    logits, target = logits.astype(jnp.float32), target.astype(jnp.float32)
+    logits = logits.astype(jnp.float32)
+    loss = jax.nn.softplus(jnp.where(target > 0, -logits, logits))
+    # Sample by sample, since a sum over every pixel of a batch at once loses digits.
+    loss = (loss * jnp.where(target > 0, class_weights[1], class_weights[0])).mean((1, 2))
+    pixels = pixel_weights(target, weight, class_weights)
+    return (loss * weight).sum() / jnp.maximum(pixels.sum() if total is None else total, 1e-12)
+
+
+def pixel_weights(target: jax.Array, weight: jax.Array, class_weights: tuple[float, float]) -> jax.Array:
+    """What samples weigh in `weighted_cross_entropy`, the mean over their pixels: `[B]`."""
     background, present = class_weights
-    pixels = jnp.where(target > 0, present, background) * weight[:, None, None]
-    return _mean(jax.nn.softplus(jnp.where(target > 0, -logits, logits)), pixels)
+    return weight * (background + (present - background) * (target > 0).mean((1, 2), dtype=jnp.float32))
 
 
-def dice(logits: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+def dice(logits: jax.Array, target: jax.Array, weight: jax.Array, total: Total = None) -> jax.Array:
     """1 - (2 sum(s y) + 1) / (sum(s) + sum(y) + 1) per sample, then the mean. Shapes as `binary_cross_entropy`."""
     probability = jax.nn.sigmoid(logits.astype(jnp.float32))
     overlap = (probability * target).sum((1, 2))
-    total = probability.sum((1, 2)) + target.sum((1, 2))
-    return _mean(1 - (2 * overlap + 1) / (total + 1), weight)
+    size = probability.sum((1, 2)) + target.sum((1, 2))
+    return _mean(1 - (2 * overlap + 1) / (size + 1), weight, total)
 
 
-def class_cross_entropy(logits: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+def class_cross_entropy(
+    logits: jax.Array, target: jax.Array, weight: jax.Array, total: Total = None
+) -> jax.Array:
     """Cross-entropy of logits `[B, 2]` (nothing matches, object present) and target `[B]`; mean over weight `[B]`."""
     log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return _mean(-jnp.take_along_axis(log_probability, target[:, None], 1)[:, 0], weight)
+    return _mean(-jnp.take_along_axis(log_probability, target[:, None], 1)[:, 0], weight, total)
 
 
-def masked_words(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> jax.Array:
+def masked_words(logits: jax.Array, labels: jax.Array, weight: jax.Array, total: Total = None) -> jax.Array:
     """Cross-entropy at the selected words, mean over all of them in the batch.
 
     logits `[B, L, V]`, labels `[B, L]` with -1 where nothing was selected, weight `[B]` (0 for padded examples).
     """
     log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
     chosen = jnp.take_along_axis(log_probability, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
-    return _mean(-chosen, (labels >= 0) * weight[:, None])
+    return _mean(-chosen, word_weights(labels, weight), total)
+
+
+def word_weights(labels: jax.Array, weight: jax.Array) -> jax.Array:
+    """The weights of `masked_words`: `[B, L]`."""
+    return (labels >= 0) * weight[:, None]
 
 
 def _normalise(x: jax.Array) -> jax.Array:
@@ -79,8 +106,8 @@ def _normalise(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
 
 
-def _contributes(foreground: jax.Array, weight: jax.Array) -> jax.Array:
-    """Samples with at least two foreground pixels and some background: `[B]`."""
+def contrast_weights(foreground: jax.Array, weight: jax.Array) -> jax.Array:
+    """The weights of `pixel_to_pixel` and `pixel_to_text`: samples with two foreground pixels and background, `[B]`."""
     count = foreground.sum(-1)
     return weight * (count >= 2) * (count < foreground.shape[-1])
 
@@ -106,6 +133,7 @@ def pixel_to_pixel(
     *,
     tau: float = 0.1,
     block: int | None = None,
+    total: Total = None,
 ) -> jax.Array:
     """Contrasts every foreground pixel's likeness to its object with that to the background (spec section 6).
 
@@ -126,17 +154,23 @@ def pixel_to_pixel(
         indices = jnp.pad(index, (0, padding)).reshape(-1, block)
 
         @jax.checkpoint
-        def step(total, part):
-            return total + _pixel_rows(part[0], features, part[1], part[2], foreground, tau), None
+        def step(carry, part):
+            return carry + _pixel_rows(part[0], features, part[1], part[2], foreground, tau), None
 
         return jax.lax.scan(step, jnp.zeros(()), (rows, positive, indices))[0]
 
-    total = jax.vmap(sample)(features, foreground)
-    return _mean(total / jnp.maximum(foreground.sum(-1), 1), _contributes(foreground, weight))
+    sums = jax.vmap(sample)(features, foreground)
+    return _mean(sums / jnp.maximum(foreground.sum(-1), 1), contrast_weights(foreground, weight), total)
 
 
 def pixel_to_text(
-    features: jax.Array, text: jax.Array, foreground: jax.Array, weight: jax.Array, *, tau: float = 0.1
+    features: jax.Array,
+    text: jax.Array,
+    foreground: jax.Array,
+    weight: jax.Array,
+    *,
+    tau: float = 0.1,
+    total: Total = None,
 ) -> jax.Array:
     """Contrasts the sentence's likeness to every foreground pixel with that to the background (spec section 6).
 
@@ -145,4 +179,4 @@ def pixel_to_text(
     similarity = jnp.einsum("bnc,bc->bn", _normalise(features), _normalise(text)) / tau
     background = _masked_logsumexp(similarity, ~foreground)
     loss = jnp.where(foreground, jax.nn.softplus(background[:, None] - similarity), 0.0).sum(-1)
-    return _mean(loss / jnp.maximum(foreground.sum(-1), 1), _contributes(foreground, weight))
+    return _mean(loss / jnp.maximum(foreground.sum(-1), 1), contrast_weights(foreground, weight), total)

@@ -14,9 +14,11 @@ from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
 from magnet_jax.models import Lavt, MagNet, MaskGrounding, Output, TextProjection
+from magnet_jax.models.layers import Remat
 
 # Of ImageNet, RGB; what the published encoders were trained with (data spec section 3).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PMAP_AXIS = "batch"
 MODELS = {"magnet": MagNet, "lavt": Lavt}
 
 
@@ -81,7 +83,11 @@ def build_model(config: ConfigDict) -> nn.Module:
         raise UserError(f"config.model.name is '{name}'; expected one of {', '.join(MODELS)}")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"config.model.dtype is '{dtype}'; expected 'float32' or 'bfloat16'")
-    known = {field.name for field in dataclasses.fields(MODELS[name])} - {"parent", "name"}
+    known = {field.name for field in dataclasses.fields(MODELS[name])} - {"parent", "name", "batch_axis"}
+    try:
+        Remat(tuple(fields.get("remat", ())), fields.get("remat_policy", "nothing"))
+    except ValueError as error:
+        raise UserError(f"config.model.{error}") from None
     if foreign := sorted(set(fields) - known):
         raise UserError(
             f"config.model has fields that '{name}' has not: {', '.join(foreign)}; start from a configuration of its own"
@@ -96,6 +102,8 @@ def build_network(config: ConfigDict) -> Network:
     cannot have.
     """
     model, dtype = build_model(config.model), jnp.dtype(config.model.dtype)
+    if config.parallelism == "pmap" and hasattr(model, "batch_axis"):
+        model = model.clone(batch_axis=PMAP_AXIS)
     if config.loss.class_ and not model.has_class_logits:
         raise UserError(
             f"config.loss.class_ is {config.loss.class_}, but '{config.model.name}' has no class logits; set it to 0"

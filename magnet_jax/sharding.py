@@ -1,7 +1,9 @@
 """The device mesh and where each array lives on it; parallelism is three lines of configuration.
 
-`config.mesh = (("data", -1),)` names the axes (-1: all remaining devices), `config.sharding = ((regex, tactic), ...)`
-gives every parameter and optimizer array, by its name, the tactic of the first expression found in it.
+`config.mesh = (("data", -1),)` names the axes (-1: all remaining devices); batches are split over 'data' and 'fsdp'.
+`config.sharding = ((regex, tactic), ...)` gives every parameter and optimizer array, by its name, the tactic of the first
+expression found in it: 'replicate', or the axis that its largest divisible dimension is split over, of which 'fsdp' is the
+usual one.
 """
 
 import math
@@ -13,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from magnet_jax.errors import UserError
 
+BATCH_AXES = ("data", "fsdp")
 FSDP_MIN_BYTES = 4 * 2**20  # Smaller arrays cost more to gather than to hold.
 
 
@@ -31,9 +34,19 @@ def make_mesh(axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | N
     return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes that examples are split over."""
+    return tuple(name for name in mesh.axis_names if name in BATCH_AXES)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return math.prod(mesh.shape[name] for name in batch_axes(mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The example axis of a batch split over every mesh axis."""
-    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    """The example axis of a batch split over 'data' and 'fsdp', whichever there are."""
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -62,9 +75,12 @@ def path_name(path) -> str:
 def _spec(tactic: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> PartitionSpec:
     if tactic == "replicate":
         return PartitionSpec()
-    if tactic != "fsdp":
-        raise UserError(f"config.sharding has the tactic '{tactic}'; expected 'replicate' or 'fsdp'")
-    axis = mesh.axis_names[0]
+    axis = "data" if tactic == "fsdp" and "fsdp" not in mesh.axis_names else tactic
+    if axis not in mesh.axis_names:
+        raise UserError(
+            f"config.sharding has the tactic '{tactic}'; expected 'replicate', 'fsdp' or an axis of config.mesh "
+            f"({', '.join(mesh.axis_names)})"
+        )
     if math.prod(leaf.shape) * leaf.dtype.itemsize < FSDP_MIN_BYTES:
         return PartitionSpec()
     for dimension in sorted(range(len(leaf.shape)), key=lambda d: -leaf.shape[d]):

@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import input_pipeline
 from input_pipeline import Augmentation, Loader
-from input_pipeline.device import prefetch_to_device
 from magnet_jax import visualize
 from magnet_jax import workdir as run_files
 from magnet_jax.checkpoint import Checkpointer
@@ -26,7 +26,8 @@ from magnet_jax.initial import fill, load_initial
 from magnet_jax.log import Log, flatten
 from magnet_jax.network import build_network
 from magnet_jax.optim import make_optimizer
-from magnet_jax.sharding import batch_sharding, make_mesh, replicated, state_sharding
+from magnet_jax.parallelism import make_parallelism
+from magnet_jax.sharding import make_mesh, state_sharding
 from magnet_jax.train_step import init_state, make_train_step
 from magnet_jax.trained import batch_shapes, prepare
 
@@ -71,15 +72,21 @@ def train(config: ConfigDict, workdir: str) -> dict:
     # ---------------------------------------------------------------------------------------------- network and state
     network = build_network(config)
     tx, schedule = make_optimizer(config.optimizer, total_steps)
-    init = functools.partial(init_state, network, tx, config.seed, batch_shapes(config))
+    init = functools.partial(
+        init_state, network, tx, config.seed, batch_shapes(config), ema=bool(config.train.ema)
+    )
     shapes = jax.eval_shape(init)  # Nothing is ever whole on one device.
     shardings = state_sharding(shapes, mesh, config.sharding)
 
-    train_step = jax.jit(
-        make_train_step(network, tx, config.loss, schedule),
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
+    parallelism = make_parallelism(config, mesh)
+    step_function = make_train_step(
+        network,
+        tx,
+        config.loss,
+        schedule,
+        accumulate=config.train.accumulate,
+        ema=config.train.ema,
+        axis_name=parallelism.axis_name,
     )
     evaluator = Evaluator(jit_eval_step(network, shardings.variables, mesh), tokenizer, config, mesh)
     check_best_metric(config, evaluator.figure_names())
@@ -107,15 +114,22 @@ def train(config: ConfigDict, workdir: str) -> dict:
         log.say("compiling the train step (some 10 s to some minutes, by size) ...")
     with ThreadPoolExecutor() as pool:  # The step and the initial state compile side by side.
         if start_step < total_steps:
-            compiled = pool.submit(lambda: train_step.lower(shapes, batch_shapes(config)).compile())
+            compiled = pool.submit(
+                parallelism.compile, step_function, shapes, shardings, batch_shapes(config)
+            )
         if not start_step:
             state = jax.jit(init, out_shardings=shardings)()
             if own is not None:  # Stopped before its first checkpoint.
                 arrays, loaded = load_initial(shapes.variables, config)
-            state = state.replace(**fill(state.variables, arrays))
+            if arrays:
+                state = state.replace(**fill(state.variables, arrays))
+                state = (
+                    state if state.ema is None else state.replace(ema=jax.tree.map(jnp.copy, state.params))
+                )
             log.say(*changes, *loaded)
     if start_step < total_steps:
         train_step = compiled.result()
+    state = parallelism.to_own(state)
 
     # ---------------------------------------------------------------------------------------------------- the loop
     loader.start_step = start_step
@@ -148,11 +162,14 @@ def train(config: ConfigDict, workdir: str) -> dict:
 
     def save(step: int, score: float | None = None) -> None:
         checkpointer.save(
-            step, state, {"config": config.to_json(), "examples_seen": step * config.data.batch_size}, score
+            step,
+            parallelism.to_global(state),
+            {"config": config.to_json(), "examples_seen": step * config.data.batch_size},
+            score,
         )
 
     with stop, contextlib.closing(iter(loader)) as host_batches:
-        batches = prefetch_to_device(host_batches, batch_sharding(mesh))
+        batches = parallelism.batches(host_batches)
         for step in range(start_step + 1, total_steps + 1):
             state, metrics = train_step(state, next(batches))
             unread.append((step, metrics))
@@ -167,7 +184,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
             score = None
             if config.train.eval_every and step % config.train.eval_every == 0 and step < total_steps:
                 results, pictures = evaluator(
-                    state.variables,
+                    parallelism.to_global(state).variables,
                     config.data.monitor_split,
                     config.eval.monitor_examples,
                     config.eval.panels,
@@ -192,10 +209,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
 
     # --------------------------------------------------------------------------------------------- final evaluation
     checkpointer.wait()
-    results = {}
+    variables, results = parallelism.to_global(state).variables, {}
     for split in config.data.eval_splits:
         results[split], pictures = evaluator(
-            state.variables, split, config.eval.examples, config.eval.panels, csv_path(workdir, split, config)
+            variables, split, config.eval.examples, config.eval.panels, csv_path(workdir, split, config)
         )
         log.evaluation(total_steps, split, results[split])
         write_panels(log, workdir, total_steps, split, pictures)

@@ -22,6 +22,8 @@ _FREE += (
     "data.root",
     "data.max_bad_share",
     "cpu_devices",
+    "parallelism",
+    "model.remat",
     "mesh",
     "sharding",
 )

@@ -6,8 +6,9 @@ import numpy as np
 
 from configs import debug
 from magnet_jax.models import MaskGrounding, Output
+from magnet_jax.models.layers import Dropout
 from magnet_jax.network import Network
-from magnet_jax.train_step import total_loss
+from magnet_jax.total_loss import total_loss
 
 MASK, VOCABULARY, SIDE, WORDS = 3, 24, 32, 8
 
@@ -21,7 +22,7 @@ class StandIn(nn.Module):
     @nn.compact
     def __call__(self, image, text_ids, text_mask, *, train=False):
         embed = nn.Embed(VOCABULARY, self.width)
-        words = nn.Dropout(self.dropout)(embed(text_ids), deterministic=not train)
+        words = Dropout(self.dropout)(embed(text_ids), train=train)
         sentence = (words * text_mask[..., None]).sum(1) / text_mask.sum(1, keepdims=True)
         x = nn.Conv(self.width, (4, 4), (4, 4), name="patch")(image) * (1 + sentence[:, None, None])
         masks = nn.Dense(3, name="masks")(x).transpose(3, 0, 1, 2)

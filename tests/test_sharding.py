@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from magnet_jax.errors import UserError
-from magnet_jax.sharding import batch_sharding, make_mesh, path_name, state_sharding
+from magnet_jax.sharding import batch_parts, batch_sharding, make_mesh, path_name, state_sharding
 
 
 def shape(*sizes):
@@ -48,10 +48,32 @@ def test_first_rule_wins_and_none_is_an_error():
         state_sharding(shapes, mesh, (("^a", "fsdp"),))
 
 
-def test_batches_are_split_over_every_axis():
-    for axes in ((("data", -1),), (("data", 1), ("model", -1))):
-        array = jax.device_put(np.zeros((4, 3)), batch_sharding(make_mesh(axes)))
-        assert {shard.data.shape for shard in array.addressable_shards} == {(2, 3)}
+@pytest.mark.parametrize(
+    ("axes", "rows"),
+    [
+        ((("data", -1),), 2),
+        ((("fsdp", -1),), 2),
+        ((("data", 1), ("fsdp", -1)), 2),
+        ((("model", -1),), 4),
+        ((("data", 1), ("model", -1)), 4),
+    ],
+)
+def test_batches_are_split_over_data_and_fsdp(axes, rows):
+    mesh = make_mesh(axes)
+    array = jax.device_put(np.zeros((4, 3)), batch_sharding(mesh))
+    assert {shard.data.shape for shard in array.addressable_shards} == {(rows, 3)}
+    assert batch_parts(mesh) == 4 // rows
+
+
+def test_a_tactic_is_an_axis():
+    mesh = make_mesh((("data", 1), ("fsdp", 1), ("model", -1)))
+    leaf = {"a": shape(1024, 4096)}
+    assert state_sharding(leaf, mesh, ((".*", "fsdp"),))["a"].spec == PartitionSpec(None, "fsdp")
+    assert state_sharding(leaf, mesh, ((".*", "model"),))["a"].spec == PartitionSpec(None, "model")
+    with pytest.raises(
+        UserError, match=r"tactic 'expert'; expected 'replicate', 'fsdp' or an axis of config.mesh \(data,"
+    ):
+        state_sharding(leaf, mesh, ((".*", "expert"),))
 
 
 def test_names_join_keys_and_fields():

@@ -10,7 +10,7 @@ from configs import debug
 from magnet_jax import losses
 from magnet_jax.errors import UserError
 from magnet_jax.network import build_network
-from magnet_jax.train_step import maskable_words, total_loss
+from magnet_jax.total_loss import maskable_words, total_loss
 from tests.stand_in import (
     BATCH,
     KEY,

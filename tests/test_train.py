@@ -164,8 +164,8 @@ def test_seed_matters(tmp_path, finished_every_step):
 def test_divergence_names_step_term_and_last_good_checkpoint(tmp_path):
     original = train_module.make_train_step
 
-    def make(*args):
-        step = original(*args)
+    def make(*args, **options):
+        step = original(*args, **options)
 
         def poisoned(state, batch):
             state, metrics = step(state, batch)
@@ -237,7 +237,7 @@ def test_fields_that_leave_training_alone_may_change(finished):
         ("init.swin", "nowhere", r"config.init.swin is 'nowhere'.*convert weights with it first"),
         ("init.lavt", "nowhere", r"config.init.lavt does not fit config.model.name 'magnet'"),
         ("mesh", (("data", 3),), r"config.mesh is .* does not fit the 2 devices"),
-        ("sharding", ((".*", "zero"),), r"tactic 'zero'; expected 'replicate' or 'fsdp'"),
+        ("sharding", ((".*", "zero"),), r"tactic 'zero'; expected 'replicate', 'fsdp' or an axis of config.mesh"),
     ],
 )
 def test_values_that_cannot_work_are_refused_before_anything_is_written(tmp_path, field, value, message):

@@ -14,7 +14,8 @@ import pytest
 from configs import debug
 from magnet_jax.network import build_network
 from magnet_jax.sharding import batch_sharding, make_mesh, path_name, replicated
-from magnet_jax.train_step import TrainState, init_state, make_eval_step, make_train_step, total_loss
+from magnet_jax.total_loss import total_loss
+from magnet_jax.train_step import TrainState, init_state, make_eval_step, make_train_step
 from tests.stand_in import (
     BATCH,
     SIDE,

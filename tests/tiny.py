@@ -8,6 +8,7 @@ import flax.linen as nn
 from configs import debug
 from magnet_jax import train, trained
 from magnet_jax.models import Output
+from magnet_jax.models.layers import Dropout
 from magnet_jax.network import Network
 
 
@@ -24,7 +25,7 @@ class TinyModel(nn.Module):
         for _ in range(2):
             steered = nn.LayerNorm()(x) * nn.Dense(self.channels)(sentence)[:, None, None]
             x = x + nn.relu(nn.Conv(self.channels, (3, 3))(steered))
-        x = nn.Dropout(0.1, deterministic=not train)(x)
+        x = Dropout(0.1)(x, train=train)
         masks, classes = nn.Dense(1)(x)[..., 0], nn.Dense(2)(sentence)
         fields = dict.fromkeys(Output.__dataclass_fields__)
         fields |= dict(mask_logits=masks, class_logits=classes)

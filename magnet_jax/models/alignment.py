@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.models.layers import (
+    Dropout,
     LayerNorm,
     adaptive_average_pool,
     attend,
@@ -53,7 +54,7 @@ class PixelWordAttention(nn.Module):
             return nn.Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name=name)
 
         def drop(y):
-            return nn.Dropout(self.dropout)(y, deterministic=not train)
+            return Dropout(self.dropout)(y, train=train)
 
         query = normalise(dense("query")(x), "query_norm")
         key = fan_in_dense(channels, text, dtype=self.dtype, name="key")(words) * keep

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from magnet_jax.models.layers import LayerNorm, attend, gelu, normal
+from magnet_jax.models.layers import Dropout, LayerNorm, Remat, attend, gelu, normal
 
 
 class BertEmbeddings(nn.Module):
@@ -25,11 +25,11 @@ class BertEmbeddings(nn.Module):
         self.position = nn.Embed(self.max_positions, self.hidden, embedding_init=normal)
         self.token_type = nn.Embed(2, self.hidden, embedding_init=normal)
         self.norm = LayerNorm(1e-12)
-        self.drop = nn.Dropout(self.dropout)
+        self.drop = Dropout(self.dropout)
 
     def __call__(self, ids, *, train: bool = False):
         x = self.word(ids) + self.position.embedding[: ids.shape[1]] + self.token_type.embedding[0]
-        return self.drop(self.norm(x).astype(self.dtype), deterministic=not train)
+        return self.drop(self.norm(x).astype(self.dtype), train=train)
 
 
 class BertLayer(nn.Module):
@@ -41,7 +41,7 @@ class BertLayer(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, bias, *, train: bool = False):
+    def __call__(self, x, bias, train: bool = False):
         hidden = x.shape[-1]
 
         def dense(features, name):
@@ -52,10 +52,10 @@ class BertLayer(nn.Module):
 
         query, key, value = (split(dense(hidden, name)(x)) for name in ("query", "key", "value"))
         y = attend(query, key, value, scale=(hidden // self.heads) ** -0.5, bias=bias).reshape(x.shape)
-        y = nn.Dropout(self.dropout)(dense(hidden, "output")(y), deterministic=not train)
+        y = Dropout(self.dropout)(dense(hidden, "output")(y), train=train)
         x = LayerNorm(1e-12, name="attention_norm")(x + y)
         y = dense(hidden, "fc2")(gelu(dense(self.intermediate, "fc1")(x)))
-        y = nn.Dropout(self.dropout)(y, deterministic=not train)
+        y = Dropout(self.dropout)(y, train=train)
         return LayerNorm(1e-12, name="output_norm")(x + y)
 
 
@@ -78,16 +78,18 @@ class Bert(nn.Module):
     max_positions: int = 512
     dropout: float = 0.1
     dtype: Any = jnp.float32
+    remat: Remat = Remat()
 
     def setup(self):
+        layer = self.remat(BertLayer, "text", static=3)
         self.embeddings = BertEmbeddings(
             self.vocab_size, self.hidden, self.max_positions, self.dropout, self.dtype
         )
         self.layer = [
-            BertLayer(self.heads, self.intermediate, self.dropout, self.dtype) for _ in range(self.splits[-1])
+            layer(self.heads, self.intermediate, self.dropout, self.dtype) for _ in range(self.splits[-1])
         ]
 
     def layers(self, part: int, x, bias, *, train: bool = False):
         for layer in self.layer[self.splits[part - 1] if part else 0 : self.splits[part]]:
-            x = layer(x, bias, train=train)
+            x = layer(x, bias, train)
         return x

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.models.bert import BertLayer, attention_bias
-from magnet_jax.models.layers import LayerNorm, gelu, normal, sine_position, zeros
+from magnet_jax.models.layers import LayerNorm, example_keys, gelu, normal, sine_position, zeros
 
 
 def mask_words(
@@ -33,15 +33,20 @@ def mask_words(
     selected words stays as it is. A share `sentences` of the sentences takes part, the others stay whole. Returns
     (masked ids `[B, L]`, labels `[B, L]`: the id where selected, else -1).
     """
+    length = ids.shape[1]
+
+    def uniform(key, *shape):
+        return jax.vmap(lambda k: jax.random.uniform(k, shape))(example_keys(key, len(ids)))
+
     select_key, fallback_key, keep_key, sentence_key = jax.random.split(key, 4)
     if sentences < 1:
-        maskable &= jax.random.bernoulli(sentence_key, sentences, (ids.shape[0], 1))
-    selected = maskable & jax.random.bernoulli(select_key, ratio, ids.shape)
+        maskable &= uniform(sentence_key, 1) < sentences
+    selected = maskable & (uniform(select_key, length) < ratio)
     if at_least_one:
-        draw = jnp.where(maskable, jax.random.uniform(fallback_key, ids.shape), -1.0)
+        draw = jnp.where(maskable, uniform(fallback_key, length), -1.0)
         one = jax.nn.one_hot(draw.argmax(-1), ids.shape[-1], dtype=bool) & maskable
         selected = jnp.where(selected.any(-1, keepdims=True), selected, one)
-    replaced = selected & ~jax.random.bernoulli(keep_key, keep, ids.shape)
+    replaced = selected & (uniform(keep_key, length) >= keep)
     return jnp.where(replaced, mask_id, ids), jnp.where(selected, ids, -1)
 
 

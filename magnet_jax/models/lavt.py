@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from magnet_jax.models.alignment import Gate, PixelWordAttention
 from magnet_jax.models.bert import Bert, attention_bias
-from magnet_jax.models.layers import LayerNorm, fan_in_dense, fan_in_uniform, resize_align_corners
+from magnet_jax.models.layers import LayerNorm, Remat, fan_in_dense, fan_in_uniform, resize_align_corners
 from magnet_jax.models.output import Output
 from magnet_jax.models.swin import Swin
 
@@ -25,6 +25,7 @@ class ConvDecoder(nn.Module):
     """
 
     dtype: Any = jnp.float32
+    batch_axis: str | None = None
 
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array], *, train: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -41,7 +42,14 @@ class ConvDecoder(nn.Module):
                     dtype=self.dtype,
                     name=f"conv{i}_{level}",
                 )(y)
-                norm = nn.BatchNorm(momentum=0.9, epsilon=1e-5, dtype=self.dtype, name=f"norm{i}_{level}")
+                norm = nn.BatchNorm(
+                    momentum=0.9,
+                    epsilon=1e-5,
+                    dtype=self.dtype,
+                    use_fast_variance=False,  # Whose rounding grows with the mean.
+                    axis_name=None if self.is_initializing() else self.batch_axis,
+                    name=f"norm{i}_{level}",
+                )
                 y = nn.relu(norm(y, use_running_average=not train))
         return y, fan_in_dense(2, width, dtype=self.dtype, name="classes")(y).astype(jnp.float32)
 
@@ -59,20 +67,23 @@ class Lavt(nn.Module):
     fusion_heads: Sequence[int] = (1, 1, 1, 1)
     fusion_dropout: float = 0.0
     gate_init: str = "open"  # or 'released'
+    remat: Sequence[str] = ()  # as of MagNet, without 'decoder'
+    remat_policy: str = "nothing"
+    batch_axis: str | None = None  # of `jax.pmap`, over which BatchNorm takes its statistics
     dtype: Any = jnp.float32
     has_class_logits = has_text_embedding = False
 
     def setup(self):
-        dtype = self.dtype
-        self.image = Swin(**self.swin, dtype=dtype)
-        self.text = Bert(**self.bert, dtype=dtype)
+        dtype, remat = self.dtype, Remat(tuple(self.remat), self.remat_policy)
+        self.image = Swin(**self.swin, dtype=dtype, remat=remat)
+        self.text = Bert(**self.bert, dtype=dtype, remat=remat)
         gate = "normal" if self.gate_init == "released" else "open"
         self.image_fusion = [
             PixelWordAttention(heads, "instance", self.fusion_dropout, dtype) for heads in self.fusion_heads
         ]
         self.image_gate = [Gate(gate, nn.relu, dtype) for _ in range(4)]
         self.image_norm = [LayerNorm() for _ in range(4)]
-        self.decoder = ConvDecoder(dtype)
+        self.decoder = ConvDecoder(dtype, self.batch_axis)
 
     def __call__(self, image, text_ids, text_mask, *, train: bool = False) -> Output:
         words = self.text.embeddings(text_ids, train=train)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -89,6 +93,63 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
+REMAT_PARTS = ("stage_1", "stage_2", "stage_3", "stage_4", "text", "decoder")
+_POLICIES = {
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """Which parts of a network are computed again in the backward pass rather than kept, block by block.
+
+    `parts` are some of `REMAT_PARTS`; `policy` is 'nothing' (keep no more than the inputs of the blocks) or 'dots' (also
+    what linear layers give). Raises ValueError for another name.
+    """
+
+    parts: tuple[str, ...] = ()
+    policy: str = "nothing"
+
+    def __post_init__(self):
+        if unknown := sorted(set(self.parts) - set(REMAT_PARTS)):
+            raise ValueError(f"remat has {', '.join(unknown)}; expected some of {', '.join(REMAT_PARTS)}")
+        if self.policy not in _POLICIES:
+            raise ValueError(f"remat_policy is '{self.policy}'; expected one of {', '.join(_POLICIES)}")
+
+    def __call__(self, block: type[nn.Module], part: str, static: int | None = None) -> type[nn.Module]:
+        """The class of a block of that part; `static`: number of the argument that says whether this is training."""
+        if part not in self.parts:
+            return block
+        return nn.remat(
+            block, policy=_POLICIES[self.policy], static_argnums=() if static is None else (static,)
+        )
+
+
+_positions: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("positions", default=None)
+
+
+@contextlib.contextmanager
+def examples_at(positions: jax.Array) -> Iterator[None]:
+    """While this is traced, the examples of a batch are those at `positions [B]` of a larger one."""
+    token = _positions.set(positions)
+    try:
+        yield
+    finally:
+        _positions.reset(token)
+
+
+def example_keys(key: jax.Array, batch: int) -> jax.Array:
+    """A key for each of B examples, by its position in the whole batch: `[B]`.
+
+    So random numbers belong to an example, and do not change with how the batch is divided: over devices by jit or pmap,
+    or over the parts of an accumulated gradient.
+    """
+    positions = _positions.get()
+    positions = jnp.arange(batch) if positions is None else positions
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: drops a whole residual branch per sample and rescales the rest. x [B, ...]."""
 
@@ -98,10 +159,23 @@ class DropPath(nn.Module):
     def __call__(self, x, *, train: bool):
         if not train or self.rate == 0.0:
             return x
-        keep = jax.random.bernoulli(
-            self.make_rng("dropout"), 1.0 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1)
-        )
-        return x * (keep / (1.0 - self.rate)).astype(x.dtype)
+        keys = example_keys(self.make_rng("dropout"), x.shape[0])
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate))(keys)
+        return x * (keep / (1.0 - self.rate)).astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+class Dropout(nn.Module):
+    """Drops single values and rescales the rest. x [B, ...]."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        if not train or self.rate == 0.0:
+            return x
+        keys = example_keys(self.make_rng("dropout"), x.shape[0])
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, x.shape[1:]))(keys)
+        return jnp.where(keep, x / (1.0 - self.rate), 0)
 
 
 def attend(query, key, value, *, scale: float, bias=None) -> jax.Array:

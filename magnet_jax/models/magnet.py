@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from magnet_jax.models.alignment import Gate, ImageAlignment, LanguageAlignment, mean_of_words
 from magnet_jax.models.bert import Bert, attention_bias
-from magnet_jax.models.layers import LayerNorm, fan_in_dense, gelu
+from magnet_jax.models.layers import LayerNorm, Remat, fan_in_dense, gelu
 from magnet_jax.models.mask_predictor import MaskPredictor
 from magnet_jax.models.output import Output
 from magnet_jax.models.pixel_decoder import PixelDecoder
@@ -35,13 +35,15 @@ class MagNet(nn.Module):
     fusion_dropout: float = 0.0
     language_fusion: str = "masked"  # or 'released', which published weights need
     gate_init: str = "open"  # or 'released'
+    remat: Sequence[str] = ()  # parts that the backward pass computes again, see `layers.Remat`
+    remat_policy: str = "nothing"
     dtype: Any = jnp.float32
     has_class_logits = has_text_embedding = True
 
     def setup(self):
-        dtype = self.dtype
-        self.image = Swin(**self.swin, dtype=dtype)
-        self.text = Bert(**self.bert, dtype=dtype)
+        dtype, remat = self.dtype, Remat(tuple(self.remat), self.remat_policy)
+        self.image = Swin(**self.swin, dtype=dtype, remat=remat)
+        self.text = Bert(**self.bert, dtype=dtype, remat=remat)
         released = self.gate_init == "released"
         self.image_fusion = [
             ImageAlignment(tuple(self.pyramids) if self.alignment else (), heads, self.fusion_dropout, dtype)
@@ -53,7 +55,7 @@ class MagNet(nn.Module):
             self.text_fusion = [LanguageAlignment(self.language_fusion, dtype) for _ in range(4)]
             self.text_gate = [Gate("zero" if released else "open", nn.relu, dtype) for _ in range(4)]
             self.text_norm = [LayerNorm() for _ in range(4)]
-        self.decoder = PixelDecoder(**self.pixel_decoder, dtype=dtype)
+        self.decoder = PixelDecoder(**self.pixel_decoder, dtype=dtype, remat=remat)
         self.predictor = MaskPredictor(**self.mask_predictor, dtype=dtype)
         self.lang_proj = fan_in_dense(self.decoder.channels, self.text.hidden, dtype=dtype)
 

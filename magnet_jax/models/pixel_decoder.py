@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax.models.deformable import DeformableAttention
-from magnet_jax.models.layers import GroupNorm, LayerNorm, kaiming_uniform, sine_position, xavier_uniform
+from magnet_jax.models.layers import (
+    GroupNorm,
+    LayerNorm,
+    Remat,
+    kaiming_uniform,
+    sine_position,
+    xavier_uniform,
+)
 
 
 class PixelDecoderLayer(nn.Module):
@@ -48,6 +55,7 @@ class PixelDecoder(nn.Module):
     groups: int = 32
     sampling: str = "auto"
     dtype: Any = jnp.float32
+    remat: Remat = Remat()
 
     @nn.compact
     def __call__(self, features: Sequence[jnp.ndarray]):
@@ -66,11 +74,12 @@ class PixelDecoder(nn.Module):
             positions.append(sine_position(height, width, self.channels) + level_embedding[i])
         source = jnp.concatenate(sources, 1)
         position = jnp.concatenate(positions).astype(self.dtype)
+        block = self.remat(PixelDecoderLayer, "decoder", static=3)
         for i in range(self.layers):
-            layer = PixelDecoderLayer(
+            layer = block(
                 self.heads, self.points, self.feedforward, self.sampling, self.dtype, name=f"layer_{i}"
             )
-            source = layer(source, position, shapes)
+            source = layer(source, position, tuple(shapes))
 
         ends = np.cumsum([height * width for height, width in shapes])[:-1]
         refined = [

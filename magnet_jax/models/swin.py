@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax.models.layers import DropPath, LayerNorm, attend, gelu, sine_position, truncated_normal
+from magnet_jax.models.layers import DropPath, LayerNorm, Remat, attend, gelu, sine_position, truncated_normal
 
 
 @functools.cache
@@ -84,7 +84,7 @@ class SwinBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, *, train: bool = False):
+    def __call__(self, x, train: bool = False):
         y = LayerNorm(name="norm1")(x)
         y = WindowAttention(self.heads, self.window, self.shifted, self.dtype, name="attn")(y)
         x += DropPath(self.drop_path)(y, train=train)
@@ -101,13 +101,14 @@ class SwinStage(nn.Module):
     window: int
     drop_paths: Sequence[float]  # one rate a block
     dtype: Any = jnp.float32
+    number: int = 1  # 1 is the finest
+    remat: Remat = Remat()
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
+        block = self.remat(SwinBlock, f"stage_{self.number}", static=2)
         for i, rate in enumerate(self.drop_paths):
-            x = SwinBlock(self.heads, self.window, i % 2 == 1, rate, self.dtype, name=f"block_{i}")(
-                x, train=train
-            )
+            x = block(self.heads, self.window, i % 2 == 1, rate, self.dtype, name=f"block_{i}")(x, train)
         return x
 
 
@@ -176,13 +177,14 @@ class Swin(nn.Module):
     drop_path: float = 0.3  # of the last block; rises linearly from 0
     position: bool = False  # absolute position of the patches, which the published networks do without
     dtype: Any = jnp.float32
+    remat: Remat = Remat()
 
     def setup(self):
         rates = np.linspace(0, self.drop_path, sum(self.depths)).tolist()
         ends = np.cumsum(self.depths).tolist()
         self.patch_embed = PatchEmbed(self.embed_dim, self.patch, self.position, self.dtype)
         self.stage = [
-            SwinStage(heads, self.window, tuple(rates[end - depth : end]), self.dtype)
-            for heads, depth, end in zip(self.heads, self.depths, ends, strict=True)
+            SwinStage(heads, self.window, tuple(rates[end - depth : end]), self.dtype, number, self.remat)
+            for number, (heads, depth, end) in enumerate(zip(self.heads, self.depths, ends, strict=True), 1)
         ]
         self.merge = [PatchMerging(self.dtype) for _ in self.depths[:-1]]

@@ -1,0 +1,149 @@
+"""What the text of a compiled program tells of its cost: collectives, and the cycles that the TPU compiler estimates."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_BYTES |= {"s64": 8, "u64": 8, "f64": 8}
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_SHAPE = re.compile(r"([a-z]+[0-9]*)\[([\d,]*)\]")
+# Operations of a kind that takes time by itself; where the compiler says nothing of one, only its bytes are known.
+_SILENT = ("fusion", "gather", "scatter", "custom-call", "sort", "convolution", "dot")
+
+
+@dataclasses.dataclass
+class Cost:
+    """What one run of a program, or of a computation in it, costs a device."""
+
+    cycles: float = 0.0
+    silent_bytes: float = 0.0  # Read and written by operations whose cycles the compiler does not tell.
+    silent: int = 0
+    counts: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    sizes: dict[str, float] = dataclasses.field(
+        default_factory=lambda: defaultdict(float)
+    )  # Bytes of results.
+    wire: float = 0.0  # Bytes that the device sends, by ring algorithms.
+
+    def add(self, other: Cost, times: float) -> None:
+        """Adds another cost, several times."""
+        self.cycles += times * other.cycles
+        self.silent_bytes += times * other.silent_bytes
+        self.silent += int(times * other.silent)
+        self.wire += times * other.wire
+        for mine, theirs in ((self.counts, other.counts), (self.sizes, other.sizes)):
+            for kind, value in theirs.items():
+                mine[kind] += times * value
+
+
+def cost(text: str) -> Cost:
+    """Reads the text of a compiled module; bodies of loops count as often as they run."""
+    computations, entry = _computations(text)
+    known: dict[str, Cost] = {}
+
+    def of(name: str) -> Cost:
+        if name not in known:
+            found = known[name] = Cost()
+            shapes = {}
+            for line in computations[name]:
+                _add_line(found, line, shapes, of, computations)
+        return known[name]
+
+    return of(entry)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    found: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        head = _HEAD.match(line)
+        if head and not line.startswith((" ", "HloModule")):
+            name = head[2]
+            found[name] = []
+            entry = name if head[1] else entry
+        elif line.startswith("}"):
+            name = ""
+        elif name:
+            found[name].append(line)
+    return found, entry
+
+
+def _add_line(total: Cost, line: str, shapes: dict, of, computations: dict[str, list[str]]) -> None:
+    match = _LINE.match(line)
+    if not match:
+        return
+    result, operation, rest = match.groups()
+    name = line.split(" = ")[0].split("%")[-1].strip()
+    shapes[name] = size = _size(result)
+    if operation == "while":
+        body, condition = (re.search(rf"{key}=%?([\w.\-]+)", rest)[1] for key in ("body", "condition"))
+        total.add(of(body), _trips(rest, computations[condition]))
+        return
+    if operation in ("call", "conditional", "async-start") and (
+        called := re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", rest)
+    ):
+        total.add(of(called[1]), 1)
+        return
+    kind = operation.removesuffix("-start")
+    if kind in COLLECTIVES:
+        # What is started is a pair of operand and result; either way the last shape is the result.
+        size = _last_size(result) if operation.endswith("-start") and result.startswith("(") else size
+        members = _members(rest)
+        total.counts[kind] += 1
+        total.sizes[kind] += size
+        total.wire += (
+            size
+            * {
+                "all-reduce": 2 * (members - 1) / members,
+                "all-gather": (members - 1) / members,
+                "reduce-scatter": members - 1,  # Of a result that is one part.
+                "all-to-all": (members - 1) / members,
+                "collective-permute": 1,
+            }[kind]
+        )
+        return
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
+    if cycles:
+        total.cycles += int(cycles[1])
+    elif operation in _SILENT:
+        total.silent += 1
+        operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+        total.silent_bytes += size + sum(shapes.get(operand, 0) for operand in operands)
+
+
+def _size(shape: str) -> int:
+    return sum(
+        _BYTES.get(kind, 4) * math.prod(int(n) for n in sizes.split(",") if n)
+        for kind, sizes in _SHAPE.findall(shape)
+    )
+
+
+def _last_size(shape: str) -> int:
+    kind, sizes = _SHAPE.findall(shape)[-1]
+    return _size(f"{kind}[{sizes}]")
+
+
+def _trips(rest: str, condition: list[str]) -> int:
+    """How often a loop runs: what the compiler says, else the constant that its condition compares with."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest)
+    if known:
+        return int(known[1])
+    constants = [int(n) for line in condition for n in re.findall(r"constant\((\d+)\)", line)]
+    return max(constants, default=1)
+
+
+def _members(rest: str) -> int:
+    """How many devices take part in a collective together."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh[2]))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+        return int(iota[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return listed[1].count(",") + 1
+    return 2

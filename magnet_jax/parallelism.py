@@ -1,0 +1,128 @@
+"""The train step on all devices: jit over a mesh, which is the default, or pmap. Both compute the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from input_pipeline.device import prefetch_to_device
+from magnet_jax.errors import UserError
+from magnet_jax.network import PMAP_AXIS
+from magnet_jax.sharding import batch_sharding, replicated
+from magnet_jax.total_loss import Batch, Metrics
+from magnet_jax.train_step import TrainState
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+class Jit:
+    """One program over a mesh: parameters lie where `shardings` says, batches are split over 'data' and 'fsdp'."""
+
+    axis_name = None
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def compile(
+        self, step: Step, shapes: TrainState, shardings: TrainState, batch: Mapping[str, Any]
+    ) -> Step:
+        """The compiled step; it takes over the memory of the state that it is given."""
+        jitted = jax.jit(
+            step,
+            in_shardings=(shardings, batch_sharding(self.mesh)),
+            out_shardings=(shardings, replicated(self.mesh)),
+            donate_argnums=0,
+        )
+        return jitted.lower(shapes, batch).compile()
+
+    def to_own(self, state: TrainState) -> TrainState:
+        """A state as the compiled step takes it."""
+        return state
+
+    def to_global(self, state: TrainState) -> TrainState:
+        """A state as checkpoints and evaluation take it."""
+        return state
+
+    def batches(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Batch]:
+        """Host batches of this process on their way to the devices."""
+        return prefetch_to_device(batches, batch_sharding(self.mesh))
+
+
+class Pmap:
+    """A copy of everything on every device, and an axis over which the copies sum what they find.
+
+    Raises UserError for a mesh or a placement that is more than that.
+    """
+
+    axis_name = PMAP_AXIS
+
+    def __init__(self, mesh: Mesh, config: ConfigDict):
+        tactics = {tactic for _, tactic in config.sharding}
+        if tactics != {"replicate"} or math.prod(mesh.shape.values()) != mesh.shape.get("data"):
+            raise UserError(
+                "config.parallelism is 'pmap', which only copies: config.mesh must be (('data', -1),) and config.sharding "
+                "(('.*', 'replicate'),); take 'jit' for anything else"
+            )
+        self.mesh = mesh
+
+    def compile(
+        self, step: Step, shapes: TrainState, shardings: TrainState, batch: Mapping[str, Any]
+    ) -> Step:
+        """The compiled step; it takes over the memory of the state that it is given."""
+        count, everywhere = jax.local_device_count(), jax.device_count()
+
+        def stacked(leaf):
+            return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
+
+        def share(leaf):
+            return jax.ShapeDtypeStruct((count, leaf.shape[0] // everywhere, *leaf.shape[1:]), leaf.dtype)
+
+        mapped = jax.pmap(step, PMAP_AXIS, donate_argnums=0)
+        compiled = mapped.lower(jax.tree.map(stacked, shapes), jax.tree.map(share, dict(batch))).compile()
+
+        def run(state, batch):
+            state, metrics = compiled(state, batch)
+            return state, jax.tree.map(lambda copies: copies.addressable_shards[0].data[0], metrics)
+
+        return run
+
+    def to_own(self, state: TrainState) -> TrainState:
+        """A state as the compiled step takes it: the devices' copies along a new first axis."""
+        devices = jax.local_devices()
+        sharding = NamedSharding(Mesh(devices, (PMAP_AXIS,)), PartitionSpec(PMAP_AXIS))
+
+        def stack(leaf):
+            copies = {shard.device: shard.data[None] for shard in leaf.addressable_shards}
+            return jax.make_array_from_single_device_arrays(
+                (len(devices), *leaf.shape), sharding, [copies[device] for device in devices]
+            )
+
+        return jax.tree.map(stack, state)
+
+    def to_global(self, state: TrainState) -> TrainState:
+        """A state as checkpoints and evaluation take it."""
+
+        def unstack(leaf):
+            copies = [shard.data[0] for shard in leaf.addressable_shards]
+            return jax.make_array_from_single_device_arrays(leaf.shape[1:], replicated(self.mesh), copies)
+
+        return jax.tree.map(unstack, state)
+
+    def batches(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Batch]:
+        """Host batches of this process, divided over its devices."""
+        count = jax.local_device_count()
+        for batch in batches:
+            yield {name: value.reshape(count, -1, *value.shape[1:]) for name, value in batch.items()}
+
+
+def make_parallelism(config: ConfigDict, mesh: Mesh) -> Jit | Pmap:
+    """What `config.parallelism` names; raises UserError for anything but 'jit' and 'pmap'."""
+    if config.parallelism not in ("jit", "pmap"):
+        raise UserError(f"config.parallelism is '{config.parallelism}'; expected 'jit' or 'pmap'")
+    return Jit(mesh) if config.parallelism == "jit" else Pmap(mesh, config)

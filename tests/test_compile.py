@@ -1,0 +1,127 @@
+"""Compiling for hardware that is not here: on virtual CPU devices, whose compiler is always there."""
+
+import json
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magnet_jax import compile as module
+from magnet_jax import hardware
+from magnet_jax.compile import HEADER, compile_all, compile_for, complete, count_flops, line
+from magnet_jax.errors import UserError
+from magnet_jax.network import Network
+from tests.tiny import TinyModel, tiny_config
+
+
+@pytest.fixture(autouse=True)
+def _tiny():
+    with mock.patch.object(module, "build_network", return_value=Network(TinyModel())):
+        yield
+
+
+def ready(**fields):
+    config = complete(tiny_config())[0]
+    config.optimizer.flatten = False
+    for name, value in fields.items():
+        config.update_from_flattened_dict({name.replace("__", "."): value})
+    return config
+
+
+def test_report_of_a_step_on_two_devices(tmp_path, capsys):
+    (report,) = compile_all(tiny_config(), ["cpu:2"], "train", str(tmp_path / "new" / "report.json"))
+    assert json.loads((tmp_path / "new" / "report.json").read_text()) == [report]
+    assert (report["fits"], report["devices"], report["mesh"]) == (True, 2, {"data": 2})
+    # Every gradient crosses once, and some sums with it.
+    assert (
+        4 * report["parameters"]
+        <= report["collectives"]["all-reduce"]["bytes"]
+        < 4 * report["parameters"] + 4000
+    )
+    assert report["wire_bytes"] == report["collectives"]["all-reduce"]["bytes"]
+    # Parameters and Adam's two moments come in and, in their place, go out.
+    state = 3 * 4 * report["parameters"]
+    assert state < report["bytes"]["arguments"] < state + 10**5
+    assert state <= report["bytes"]["aliased"] <= report["bytes"]["outputs"]
+    shown = capsys.readouterr().out.splitlines()
+    assert HEADER in shown
+    assert shown[-1].split()[:4] == ["cpu:2", "data", "2", "4"]
+
+
+def test_an_eval_step_has_no_gradient_to_send():
+    report = compile_for(ready(), "cpu:2", "eval")
+    assert report["wire_bytes"] < 10**5
+    assert report["batch_size"] == 8
+    assert report["flops"] < compile_for(ready(data__batch_size=8), "cpu:2")["flops"]
+
+
+def test_what_does_not_fit_is_no_crash():
+    full = jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm. Exceeded by 8.75G."
+    )
+    with mock.patch.object(jax.stages.Lowered, "compile", side_effect=full):
+        report = compile_for(ready(), "cpu:1")
+    assert report["fits"] is False
+    assert report["bytes"] == {"total": 24.5 * 2**30, "limit": 15.75 * 2**30}
+    assert line(report).split()[4:8] == ["NO", "24.5", "of", "15.8"]
+
+
+def test_flops_of_products_convolutions_and_loops():
+    def flops(function, *arrays):
+        return count_flops(jax.make_jaxpr(function)(*arrays).jaxpr)
+
+    a, b = np.ones((3, 5, 7), np.float32), np.ones((3, 7, 11), np.float32)
+    assert flops(jnp.matmul, a, b) == 2 * 3 * 5 * 7 * 11
+    image, kernel = np.ones((2, 16, 12, 3), np.float32), np.ones((3, 3, 3, 8), np.float32)
+
+    def convolve(x, k):
+        return jax.lax.conv_general_dilated(x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert flops(convolve, image, kernel) == 2 * (2 * 8 * 6 * 8) * (3 * 3 * 3)
+    square = np.ones((4, 4), np.float32)
+    assert (
+        flops(lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=9)[0], square)
+        == 9 * 2 * 4**3
+    )
+    again = jax.checkpoint(lambda x: jnp.sin(x @ x))
+    assert flops(jax.jit(lambda x: again(x) + x @ x), square) == 2 * 2 * 4**3
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2xa", "h100:2x2", "cpu:0", "v5e:"])
+def test_topologies_that_are_none(name):
+    with pytest.raises(UserError, match=r"--topology has '.*'; expected a chip of v5e, v5p, v6e, h100, cpu"):
+        compile_for(ready(), name)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:2x2", "tpu"), ("h100:8", "cuda")])
+def test_a_compiler_that_is_not_installed_says_how(monkeypatch, name, extra):
+    def absent(*_, **__):
+        raise RuntimeError("no plugin")
+
+    monkeypatch.setattr(hardware.topologies, "get_topology_desc", absent)
+    with pytest.raises(
+        UserError, match=f"no plugin; its compiler .* pip install -r requirements-compile-{extra}.txt"
+    ):
+        compile_for(ready(), name)
+
+
+def test_what_does_not_suit_the_topology_is_refused():
+    with pytest.raises(UserError, match="config.data.batch_size is 3; cpu:2 needs a multiple of 2"):
+        compile_for(ready(data__batch_size=3), "cpu:2")
+    with pytest.raises(UserError, match="--step is 'serve'"):
+        compile_for(ready(), "cpu:2", "serve")
+    with pytest.raises(UserError, match="does not fit the 2 devices"):
+        compile_for(ready(mesh=(("data", 3),)), "cpu:2")
+
+
+def test_a_vocabulary_that_is_not_here_is_said():
+    config = tiny_config()
+    config.data.vocab = "nowhere"
+    found, notes = complete(config)
+    assert found.model.bert.vocab_size == 30522
+    assert found.loss.mask_id == 103
+    assert notes == [notes[0]]
+    assert "nowhere: no such vocabulary" in notes[0]
+    assert notes[0].endswith("compiled for 30522 words")

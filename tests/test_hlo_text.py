@@ -1,0 +1,82 @@
+"""What is read from compiled programs: text written by hand, and programs whose cost is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from magnet_jax.hlo_text import cost
+
+TEXT = """HloModule jit_step, entry_computation_layout={}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%condition.1 (state: (s32[], f32[8])) -> pred[] {
+  %state = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %limit = s32[] constant(7)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body.1 (state.1: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state.1 = (s32[], f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%state.1), index=1
+  %fusion.1 = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %gather.1 = f32[4]{0} gather(%fusion.1, %x), offset_dims={}
+  %all-gather.1 = f32[32]{0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %tuple.1 = (s32[], f32[8]{0}) tuple(%i.1, %fusion.1)
+}
+
+ENTRY %main (p: f32[16]) -> f32[16] {
+  %p = f32[16]{0} parameter(0)
+  %copy.1 = bf16[16]{0} copy(%p), backend_config={"window_config":{"estimated_cycles":"11"}}
+  %while.1 = (s32[], f32[8]{0}) while(%init), condition=%condition.1, body=%body.1
+  %all-reduce.1 = f32[16]{0} all-reduce(%p), replica_groups=mesh['data'=4,'fsdp'=2] {'fsdp'}, to_apply=%add
+  %reduce-scatter.1 = f32[2]{0} reduce-scatter(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %start = (f32[4]{0}, f32[8]{0}) all-gather-start(%q), replica_groups=[4,2]<=[8]
+  %done = f32[8]{0} all-gather-done(%start)
+  ROOT %out = f32[16]{0} add(%all-reduce.1, %p)
+}
+"""
+
+
+def test_text_written_by_hand():
+    found = cost(TEXT)
+    assert found.cycles == 11 + 7 * 100
+    assert (found.silent, found.silent_bytes) == (7, 7 * (16 + 32 + 32))
+    assert dict(found.counts) == {"all-gather": 7 + 1, "all-reduce": 1, "reduce-scatter": 1}
+    assert dict(found.sizes) == {"all-gather": 7 * 128 + 32, "all-reduce": 64, "reduce-scatter": 8}
+    assert found.wire == 7 * 128 * 3 / 4 + 32 / 2 + 2 * 64 / 2 + 8 * 7
+
+
+def test_an_all_reduce_of_known_size():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    run = jax.jit(lambda x, w: x.T @ jnp.sin(x @ w), in_shardings=(split, whole), out_shardings=whole)
+    text = run.lower(np.ones((8, 32), np.float32), np.ones((32, 48), np.float32)).compile().as_text()
+    found = cost(text)
+    assert dict(found.counts) == {"all-reduce": 1}
+    assert found.sizes["all-reduce"] == found.wire == 32 * 48 * 4
+
+
+@pytest.mark.parametrize("length", [3, 11])
+def test_collectives_in_loops_count_as_often_as_they_run(length):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+
+    def run(x, w):
+        def body(w, _):
+            return jnp.tanh(x.T @ jnp.sin(x @ w)), None
+
+        return jax.lax.scan(body, w, None, length=length)[0]
+
+    jitted = jax.jit(run, in_shardings=(split, whole), out_shardings=whole)
+    text = jitted.lower(np.ones((8, 16), np.float32), np.ones((16, 16), np.float32)).compile().as_text()
+    found = cost(text)
+    assert found.counts["all-reduce"] == length
+    assert found.sizes["all-reduce"] == length * 16 * 16 * 4
