@@ -237,7 +237,11 @@ def test_fields_that_leave_training_alone_may_change(finished):
         ("init.swin", "nowhere", r"config.init.swin is 'nowhere'.*convert weights with it first"),
         ("init.lavt", "nowhere", r"config.init.lavt does not fit config.model.name 'magnet'"),
         ("mesh", (("data", 3),), r"config.mesh is .* does not fit the 2 devices"),
-        ("sharding", ((".*", "zero"),), r"tactic 'zero'; expected 'replicate', 'fsdp' or an axis of config.mesh"),
+        (
+            "sharding",
+            ((".*", "zero"),),
+            r"tactic 'zero'; expected 'replicate', 'fsdp' or an axis of config.mesh",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_refused_before_anything_is_written(tmp_path, field, value, message):
