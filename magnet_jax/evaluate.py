@@ -24,12 +24,12 @@ from input_pipeline.device import to_device
 from magnet_jax import metrics
 from magnet_jax.errors import UserError
 from magnet_jax.log import flatten
+from magnet_jax.metrics import PROTOCOLS
 from magnet_jax.sharding import batch_parts, batch_sharding, replicated
+from magnet_jax.table import table
 from magnet_jax.train_step import make_eval_step
 from magnet_jax.trained import load_trained
 from magnet_jax.workdir import write_atomically, write_json
-
-PROTOCOLS = ("squash", "original", "gres")
 
 
 @dataclasses.dataclass
@@ -277,43 +277,6 @@ def _over_processes(tree):
     sums = [multihost_utils.process_allgather(leaf).sum(axis=0, dtype=leaf.dtype) for leaf in leaves]
     passes, foreground = jax.tree.unflatten(structure, sums)
     return {name: Counts(**columns) for name, columns in passes.items()}, foreground
-
-
-def table(results: dict[str, dict]) -> str:
-    """Results of several splits as text: a row per protocol, then per expression type the first protocol and its floor."""
-    lines = []
-    for split, result in results.items():
-        protocols = [name for name in result if name in PROTOCOLS]
-        for protocol in protocols:
-            figures = {k: v for k, v in result[protocol].items() if k != "types"}
-            shown = "  ".join(f"{k} {_cell(v)}" for k, v in figures.items())
-            lines.append(f"{split:<8}{protocol:<10}{shown}")
-        if "left_out" in result:
-            lines.append(
-                f"{split:<8}{'left out':<10}{result['left_out']['count']} examples that cannot be read"
-            )
-        if "constant_mask" in result:
-            lines.append(
-                f"{split:<8}{'constant':<10}oIoU {_cell(result['constant_mask']['oIoU'])}  (best constant mask)"
-            )
-        for protocol in protocols[:1]:
-            floors = result.get("shuffled_text", {}).get(protocol)
-            if floors is None and not result[protocol]["types"]:
-                continue
-            main = next(iter(result[protocol]))  # oIoU or gIoU.
-            lines.append(
-                f"{split:<8}{protocol:<10}{main + ' by type':<18}{'model':>8}{'shuffled':>10}{'gain':>8}{'count':>8}"
-            )
-            for name, figures in {"all": result[protocol], **result[protocol]["types"]}.items():
-                floor = None if floors is None else (floors if name == "all" else floors["types"][name])[main]
-                gain = None if floor is None else figures[main] - floor
-                cells = f"{_cell(figures[main]):>8}{_cell(floor):>10}{_cell(gain):>8}{figures['count']:>8}"
-                lines.append(f"{'':<18}{name:<18}{cells}")
-    return "\n".join(lines)
-
-
-def _cell(value) -> str:
-    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def evaluate(workdir: str, config: ConfigDict | None = None) -> dict:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+PROTOCOLS = ("squash", "original", "gres")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 

@@ -21,13 +21,14 @@ from magnet_jax import visualize
 from magnet_jax import workdir as run_files
 from magnet_jax.checkpoint import Checkpointer
 from magnet_jax.errors import UserError
-from magnet_jax.evaluate import Evaluator, check_batch_size, csv_path, jit_eval_step, table
+from magnet_jax.evaluate import Evaluator, check_batch_size, csv_path, jit_eval_step
 from magnet_jax.initial import fill, load_initial
 from magnet_jax.log import Log, flatten
 from magnet_jax.network import build_network
 from magnet_jax.optim import make_optimizer
 from magnet_jax.parallelism import make_parallelism
 from magnet_jax.sharding import make_mesh, state_sharding
+from magnet_jax.table import table
 from magnet_jax.train_step import init_state, make_train_step
 from magnet_jax.trained import batch_shapes, prepare
 

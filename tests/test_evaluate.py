@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 import input_pipeline
 from input_pipeline import DataError, Tokenizer, masks
-from magnet_jax.evaluate import Evaluator, other_pairs, table, upsample
+from magnet_jax.evaluate import Evaluator, other_pairs, upsample
 from magnet_jax.sharding import make_mesh
+from magnet_jax.table import table
 from tests.test_input_pipeline_refer import TWO, instances, write_tree
 from tests.tiny import tiny_config
 

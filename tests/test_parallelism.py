@@ -64,7 +64,7 @@ def test_a_stand_in_in_every_form(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["magnet"])
+@pytest.mark.parametrize("name", ["lavt", "magnet"])
 def test_the_networks_in_every_form(tmp_path, name):
     found = results(name, tmp_path)
     check(found, [form for form in FORMS if f"{form}|bytes" in found][1:])

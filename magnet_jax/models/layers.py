@@ -150,20 +150,6 @@ def example_keys(key: jax.Array, batch: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: drops a whole residual branch per sample and rescales the rest. x [B, ...]."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x, *, train: bool):
-        if not train or self.rate == 0.0:
-            return x
-        keys = example_keys(self.make_rng("dropout"), x.shape[0])
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate))(keys)
-        return x * (keep / (1.0 - self.rate)).astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
-
-
 class Dropout(nn.Module):
     """Drops single values and rescales the rest. x [B, ...]."""
 
@@ -173,9 +159,21 @@ class Dropout(nn.Module):
     def __call__(self, x, *, train: bool):
         if not train or self.rate == 0.0:
             return x
+        shape = self.dropped_together(x)
         keys = example_keys(self.make_rng("dropout"), x.shape[0])
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, x.shape[1:]))(keys)
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, shape))(keys)
         return jnp.where(keep, x / (1.0 - self.rate), 0)
+
+    def dropped_together(self, x) -> tuple[int, ...]:
+        """Shape of the decisions of one example: 1 along what is dropped or kept as a whole."""
+        return x.shape[1:]
+
+
+class DropPath(Dropout):
+    """Stochastic depth: drops a whole residual branch per example and rescales the rest. x [B, ...]."""
+
+    def dropped_together(self, x) -> tuple[int, ...]:
+        return (1,) * (x.ndim - 1)
 
 
 def attend(query, key, value, *, scale: float, bias=None) -> jax.Array:
