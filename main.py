@@ -7,6 +7,7 @@ python main.py --mode=export --workdir=DIR --format=released --output=out.safete
 python main.py --mode=compile --config=configs/refcoco.py --topology=v5e:4x4,h100:8 [--output=report.json]
 """
 
+import contextlib
 import os
 import sys
 
@@ -42,7 +43,18 @@ _TOPOLOGY = flags.DEFINE_list(
     "Hardware to compile for, which need not be here: v5e:4x4, v5p:8x8x16, v6e:2x4, h100:8, cpu:8.",
 )
 _STEP = flags.DEFINE_enum("step", "train", ("train", "eval"), "What to compile.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes of a run (jax.distributed).")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "One of several processes of a run, which JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID or the cluster "
+    "(TPU pod, GKE, Slurm, MPI) tell which it is. The next three flags say so outright.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Of several processes: address of process 0, host:port."
+)
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes there are.")
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "Which of them this is, from 0.")
+_PATIENCE = flags.DEFINE_float("patience", 300.0, "Seconds to wait until all processes have started.")
 
 
 def main(_) -> None:
@@ -94,15 +106,30 @@ def run(config) -> None:
         compile_all(config, _TOPOLOGY.value, _STEP.value, _OUTPUT.value)
         return
     config = load_config(_WORKDIR.value) if config is None else config
-    one_device = config.cpu_devices == 1 and not _DISTRIBUTED.value
+    several = _DISTRIBUTED.value or any(
+        flag.value is not None for flag in (_COORDINATOR, _PROCESS_COUNT, _PROCESS_INDEX)
+    )
+    if several and _MODE.value not in ("train", "eval"):
+        raise UserError(
+            f"--mode={_MODE.value} runs in one process; leave --distributed and its companions away"
+        )
+    one_device = config.cpu_devices == 1 and not several
     if one_device:
         compute_in_main_thread()
     jax.config.update("jax_num_cpu_devices", config.cpu_devices)
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
     if one_device:
         keep_freed_memory()
+    with contextlib.ExitStack() as stack:
+        if several:
+            from magnet_jax.processes import find_place, joined
 
+            place = find_place(_COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_INDEX.value)
+            stack.enter_context(joined(place, _PATIENCE.value))
+        run_mode(config)
+
+
+def run_mode(config) -> None:
+    """Runs a mode that needs devices."""
     if _MODE.value == "train":
         from magnet_jax.train import train
 

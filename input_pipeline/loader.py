@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from absl import logging
@@ -31,8 +31,7 @@ class Loader:
 
     A batch is a dict: image uint8 [B, H, W, 3]; mask uint8 [B, H, W], ground truth under the 'exactly_one' rule,
     squashed by nearest; text_ids and text_mask int32 [B, L]; valid bool [B], False at padding and at records that
-    cannot be used; index int32 [B], row in the records or -1. B is the share of this process: the global batch is
-    the concatenation over processes.
+    cannot be used; index int32 [B], row in the records or -1. B is this process's share of the batch.
 
     Training is endless: step s shows positions [s * batch_size, (s + 1) * batch_size) of the epochs written
     one after another, each in its own order. Evaluation goes through the records once, in order; the last
@@ -53,7 +52,7 @@ class Loader:
             time, as the papers do, 'all' shows every sentence once per epoch.
         augmentation: training only.
         max_bad_share: of the records; with more bad ones the loader fails.
-        process_index, process_count: this process and all of them.
+        share: places in the batch that this process has to fill, ascending; None: all.
         start_step: the step of the first batch (training).
         prefetch: batches made ahead.
         workers: batches decoded at the same time; None or 0: one per core.
@@ -74,8 +73,7 @@ class Loader:
         sentences: str = ONE_SENTENCE,
         augmentation: Augmentation | None = None,
         max_bad_share: float = 0.0,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Sequence[int] | None = None,
         start_step: int = 0,
         prefetch: int = 2,
         workers: int | None = None,
@@ -83,19 +81,15 @@ class Loader:
     ):
         if not len(records):
             raise DataError(f"split {records.split!r} has no examples")
-        if batch_size < 1 or batch_size % process_count:
-            raise DataError(
-                f"batch_size {batch_size} must be a positive multiple of the {process_count} processes"
-            )
+        if batch_size < 1:
+            raise DataError(f"batch_size is {batch_size}; expected at least 1")
         if sentences not in (ONE_SENTENCE, ALL_SENTENCES):
             raise DataError(f"sentences {sentences!r} is none of {ONE_SENTENCE!r}, {ALL_SENTENCES!r}")
         self.records, self.batch_size, self.image_size = records, batch_size, tuple(image_size)
         self.train, self.seed, self.start_step = train, seed, start_step
         self.bad: dict[int, str] = {}  # Row in the records -> what is wrong.
         self._max_bad = int(max_bad_share * len(records))
-        self._share = slice(
-            batch_size // process_count * process_index, batch_size // process_count * (process_index + 1)
-        )
+        self._share = np.arange(batch_size) if share is None else np.asarray(share)
         self._prefetch, self._workers = prefetch, workers or os.cpu_count() or 1
         self._augmentation = augmentation if train and augmentation else None
         self.text_ids, self.text_mask, truncated = tokenizer.encode(records.texts, allow_empty=True)  # [N, L]
@@ -131,7 +125,7 @@ class Loader:
 
     def rows(self, step: int) -> np.ndarray:
         """Rows in the records that this process shows at a step, int64 [B]; -1 is padding."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self._share]
+        positions = step * self.batch_size + self._share
         if not self.train:
             return np.where(positions < self.epoch_size, positions, -1)
         epochs, places = np.divmod(positions, self.epoch_size)
@@ -146,7 +140,7 @@ class Loader:
         """The random changes of each of this process's examples at a step; None without augmentation."""
         if self._augmentation is None:
             return None
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self._share]
+        positions = step * self.batch_size + self._share
         found = []
         for position, row in zip(positions, self.rows(step), strict=True):
             draw = self._augmentation.draw(self.seed, *map(int, divmod(position, self.epoch_size)))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import input_pipeline
 from input_pipeline import Loader, Records, Tokenizer, masks
-from input_pipeline.device import to_device
+from input_pipeline.device import rows_by_process, to_device
 from magnet_jax import metrics
 from magnet_jax.errors import UserError
 from magnet_jax.log import flatten
@@ -32,16 +32,20 @@ from magnet_jax.trained import load_trained
 from magnet_jax.workdir import write_atomically, write_json
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("image", "truth", "prediction"), meta_fields=("text",)
+)
 @dataclasses.dataclass
 class Picture:
     """One example to look at: image uint8 [H, W, 3], truth and prediction bool [H, W]."""
 
     image: np.ndarray
-    text: str
     truth: np.ndarray
     prediction: np.ndarray
+    text: str = ""
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Counts:
     """Pixel counts of N examples, one array per column; zero where another process counts."""
@@ -78,6 +82,10 @@ class Evaluator:
                 f"config.eval.protocols is {tuple(config.eval.protocols)}; expected some of {PROTOCOLS}"
             )
         self.eval_step, self.tokenizer, self.config, self.mesh = eval_step, tokenizer, config, mesh
+        held = rows_by_process(batch_sharding(mesh), config.eval.batch_size)
+        self._rows = held.pop(jax.process_index())  # Of a batch, those on the devices of this process,
+        earlier = [rows for process, rows in held.items() if process < jax.process_index()]
+        self._mine = ~np.isin(self._rows, np.concatenate([[], *earlier]))  # and which of these it counts.
         self._prepared = functools.cache(self._prepare)
 
     def __call__(
@@ -94,30 +102,32 @@ class Evaluator:
         if self.config.eval.shuffled_text:
             passes["shuffled_text"] = Counts.zeros(n)
             partner = other_pairs(records.image_rows, self.config.seed)
-        wanted = set(np.linspace(0, n - 1, min(panels, n)).astype(int).tolist())
-        pictures, foreground = [], 0
+        chosen = np.linspace(0, n - 1, min(panels, n)).astype(int)
+        side = self.config.data.image_size
+        pictures = {
+            row: Picture(np.zeros((side, side, 3), np.uint8), *np.zeros((2, side, side), bool))
+            for row in chosen.tolist()
+        }
+        foreground = np.zeros((side, side), np.int64)
         waiting = []  # The host counts one batch while the devices run the next.
         silent = jax.process_index() > 0
         # Of a short evaluation nothing is shown.
         for batch in tqdm(
             loader, f"evaluating {split}", len(loader), unit=" batches", delay=20, disable=silent
         ):
-            placed = to_device({k: v for k, v in batch.items() if k != "index"}, batch_sharding(self.mesh))
+            placed = self._placed({k: v for k, v in batch.items() if k != "index"})
             outputs = {"": self.eval_step(variables, placed)}
             if "shuffled_text" in passes:
                 rows = partner[np.maximum(batch["index"], 0)]
-                text = to_device(
-                    {"text_ids": loader.text_ids[rows], "text_mask": loader.text_mask[rows]},
-                    batch_sharding(self.mesh),
-                )
+                text = self._placed({"text_ids": loader.text_ids[rows], "text_mask": loader.text_mask[rows]})
                 outputs["shuffled_text"] = self.eval_step(variables, placed | text)
-            foreground = foreground + batch["mask"][batch["valid"]].astype(np.int64).sum(axis=0)
+            foreground += batch["mask"][batch["valid"] & self._mine].sum(axis=0, dtype=np.int64)
             waiting.append((batch, outputs))
             if len(waiting) > 1:
-                pictures += self._count(records, *waiting.pop(0), passes, wanted)
+                self._count(records, *waiting.pop(0), passes, pictures)
         for entry in waiting:
-            pictures += self._count(records, *entry, passes, wanted)
-        passes, foreground = _over_processes((passes, foreground))
+            self._count(records, *entry, passes, pictures)
+        passes, pictures, foreground = _over_processes((passes, pictures, foreground))
         if csv_file is not None and jax.process_index() == 0:
             write_atomically(csv_file, self._lines(records, passes[""]))
         counted = np.flatnonzero(passes[""].counted)
@@ -131,7 +141,12 @@ class Evaluator:
         results["constant_mask"] = {"oIoU": figure, "area": 100.0 * float(mask.mean())}
         if len(counted) < n:
             results["left_out"] = {"count": n - len(counted)}
-        return results, pictures
+        shown = [
+            dataclasses.replace(picture, text=records.texts[row])
+            for row, picture in pictures.items()
+            if passes[""].counted[row]
+        ]
+        return results, shown
 
     def figure_names(self) -> list[str]:
         """What an evaluation measures, as 'protocol/figure'."""
@@ -155,21 +170,23 @@ class Evaluator:
             seed=config.seed,
             train=False,
             max_bad_share=config.data.max_bad_share,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            share=self._rows,
             prefetch=config.data.prefetch,
             workers=config.data.workers,
         )
         return records, loader
 
+    def _placed(self, batch: dict) -> dict:
+        return to_device(batch, batch_sharding(self.mesh), self.config.eval.batch_size)
+
     def _count(
-        self, records: Records, batch: dict, outputs: dict, passes: dict, wanted: set
-    ) -> list[Picture]:
-        """Adds one batch to the counts; returns its pictures."""
-        local = slice(jax.process_index() * len(batch["index"]), None)
-        rows = [(i, int(row)) for i, row in enumerate(batch["index"]) if batch["valid"][i]]
+        self, records: Records, batch: dict, outputs: dict, passes: dict, pictures: dict[int, Picture]
+    ) -> None:
+        """Adds this process's part of one batch to the counts, and to the pictures those that are wanted."""
+        rows = [(i, int(batch["index"][i])) for i in np.flatnonzero(batch["valid"] & self._mine)]
         outputs = {
-            name: {k: v[local] for k, v in jax.device_get(output).items()} for name, output in outputs.items()
+            name: {k: v[self._rows] for k, v in jax.device_get(output).items()}
+            for name, output in outputs.items()
         }
         own_size = self._own_size
         for i, row in rows:
@@ -187,16 +204,9 @@ class Evaluator:
                     counts.has_target[row] = truth.any()
                     absent, present = output["class_logits"][i]
                     counts.predicted_none[row] = absent > present or not prediction.any()
-        return [
-            Picture(
-                batch["image"][i],
-                records.texts[row],
-                batch["mask"][i].astype(bool),
-                upsample(outputs[""]["mask_logits"][i], batch["mask"][i].shape) > 0,
-            )
-            for i, row in rows
-            if row in wanted
-        ]
+            if row in pictures:
+                prediction = upsample(outputs[""]["mask_logits"][i], batch["mask"][i].shape) > 0
+                pictures[row] = Picture(batch["image"][i], batch["mask"][i].astype(bool), prediction)
 
     def _lines(self, records: Records, counts: Counts) -> str:
         """CSV text: ids, sentence, and pixels and IoU of 'squash' and 'original', whose pixels 'gres' judges further."""
@@ -271,12 +281,9 @@ def _over_processes(tree):
     """Sums what each process counted; on one process nothing to do."""
     if jax.process_count() == 1:
         return tree
-    leaves, structure = jax.tree.flatten(
-        jax.tree.map(dataclasses.asdict, tree, is_leaf=dataclasses.is_dataclass)
-    )
+    leaves, structure = jax.tree.flatten(tree)
     sums = [multihost_utils.process_allgather(leaf).sum(axis=0, dtype=leaf.dtype) for leaf in leaves]
-    passes, foreground = jax.tree.unflatten(structure, sums)
-    return {name: Counts(**columns) for name, columns in passes.items()}, foreground
+    return jax.tree.unflatten(structure, sums)
 
 
 def evaluate(workdir: str, config: ConfigDict | None = None) -> dict:

@@ -52,8 +52,9 @@ def prepare(names: Sequence[str]) -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-    # Nothing can be tried out on a GPU that is not there.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+    # Nothing can be tried out on a GPU that is not there, and untried Triton has no tiles for some of the products.
+    untried = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {untried}".strip()
     jax.config.update("jax_platforms", "cpu")
     counts = [parse(name)[1] for name in names if parse(name)[0] == "cpu"]
     if counts:

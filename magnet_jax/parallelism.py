@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from input_pipeline.device import prefetch_to_device
+from input_pipeline.device import prefetch_to_device, rows_by_process
 from magnet_jax.errors import UserError
 from magnet_jax.network import PMAP_AXIS
 from magnet_jax.sharding import batch_sharding, replicated
@@ -49,9 +49,13 @@ class Jit:
         """A state as checkpoints and evaluation take it."""
         return state
 
-    def batches(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Batch]:
-        """Host batches of this process on their way to the devices."""
-        return prefetch_to_device(batches, batch_sharding(self.mesh))
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Rows of a batch that this process has to give."""
+        return rows_by_process(batch_sharding(self.mesh), batch_size)[jax.process_index()]
+
+    def batches(self, batches: Iterable[Mapping[str, np.ndarray]], batch_size: int) -> Iterator[Batch]:
+        """This process's rows of global batches on their way to the devices."""
+        return prefetch_to_device(batches, batch_sharding(self.mesh), batch_size)
 
 
 class Pmap:
@@ -114,8 +118,13 @@ class Pmap:
 
         return jax.tree.map(unstack, state)
 
-    def batches(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[Batch]:
-        """Host batches of this process, divided over its devices."""
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Rows of a batch that this process has to give."""
+        return np.split(np.arange(batch_size), jax.process_count())[jax.process_index()]
+
+    def batches(self, batches: Iterable[Mapping[str, np.ndarray]], batch_size: int) -> Iterator[Batch]:
+        """This process's rows of global batches, divided over its devices."""
+        del batch_size
         count = jax.local_device_count()
         for batch in batches:
             yield {name: value.reshape(count, -1, *value.shape[1:]) for name, value in batch.items()}

@@ -49,6 +49,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     mesh = make_mesh(config.mesh)
     check_batch_size("data", config, mesh)
     check_batch_size("eval", config, mesh)
+    parallelism = make_parallelism(config, mesh)
 
     # --------------------------------------------------------------------------------------------------------- data
     check_splits(config)
@@ -63,8 +64,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         sentences=config.data.sentences,
         augmentation=Augmentation(**config.data.augment.to_dict()),
         max_bad_share=config.data.max_bad_share,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        share=parallelism.rows(config.data.batch_size),
         prefetch=config.data.prefetch,
         workers=config.data.workers,
     )
@@ -79,7 +79,6 @@ def train(config: ConfigDict, workdir: str) -> dict:
     shapes = jax.eval_shape(init)  # Nothing is ever whole on one device.
     shardings = state_sharding(shapes, mesh, config.sharding)
 
-    parallelism = make_parallelism(config, mesh)
     step_function = make_train_step(
         network,
         tx,
@@ -170,7 +169,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         )
 
     with stop, contextlib.closing(iter(loader)) as host_batches:
-        batches = parallelism.batches(host_batches)
+        batches = parallelism.batches(host_batches, config.data.batch_size)
         for step in range(start_step + 1, total_steps + 1):
             state, metrics = train_step(state, next(batches))
             unread.append((step, metrics))
@@ -276,22 +275,27 @@ def write_panels(log: Log, workdir: Path, step: int, split: str, pictures: list)
 
 
 class _StopSignal:
-    """Catches SIGTERM, so that a run ends at a step boundary with a checkpoint."""
+    """Catches SIGTERM, so that a run ends at a step boundary with a checkpoint.
+
+    Of several processes any may be told, and all stop at the same step: that JAX does, with a handler of its own.
+    """
 
     def __init__(self):
         self._asked = threading.Event()
+        self._several = jax.process_count() > 1
+        self._catches = not self._several and threading.current_thread() is threading.main_thread()
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
+        if self._catches:
             self._former = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
         return self
 
     def __exit__(self, *_):
-        if threading.current_thread() is threading.main_thread():
+        if self._catches:
             signal.signal(signal.SIGTERM, self._former)
 
     def asked(self, step: int) -> bool:
         """Whether to stop after this step; the same answer on every process."""
-        if jax.process_count() > 1:
+        if self._several:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked.is_set()

@@ -80,7 +80,7 @@ def run(name, form, remat=()):
     state = jax.tree.map(lambda x, where: jax.device_put(np.asarray(x), where), initial, shardings)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     state, losses = ways.to_own(state), []
-    for batch in ways.batches(iter(batches)):
+    for batch in ways.batches(iter(batches), BATCH):
         state, metrics = compiled(state, batch)
         losses.append({key: float(value) for key, value in metrics.items()})
     state = ways.to_global(state)

@@ -24,7 +24,7 @@ def test_augmented_examples_are_a_function_of_seed_and_position(records):
     stream = take(make(records, **options), 20)
     assert_same(stream[13:], take(make(records, start_step=13, **options), 7))
     assert_same(stream, take(make(records, workers=1, prefetch=0, **options), 20))
-    halves = [take(make(records, process_index=p, process_count=2, **options), 20) for p in range(2)]
+    halves = [take(make(records, share=share, **options), 20) for share in ((0, 1), (2, 3))]
     glued = [
         {k: np.concatenate([part[k] for part in step]) for k in step[0]} for step in zip(*halves, strict=True)
     ]
@@ -39,7 +39,7 @@ def test_augmented_examples_are_a_function_of_seed_and_position(records):
 
 def test_draws_are_those_of_seed_epoch_and_position(records):
     """Written out: position p of epoch e, whatever the batches."""
-    loader = make(records, train=True, augmentation=ALL, batch_size=4, process_index=1, process_count=2)
+    loader = make(records, train=True, augmentation=ALL, batch_size=4, share=(2, 3))
     size = loader.epoch_size
     for step in (0, 3, size // 4, size):
         expected = [ALL.draw(3, p // size, p % size) for p in (4 * step + 2, 4 * step + 3)]

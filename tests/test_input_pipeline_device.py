@@ -21,7 +21,7 @@ def batches(n):
 
 def test_values_and_layout(sharding):
     (batch,) = batches(1)
-    arrays = to_device(batch, sharding)
+    arrays = to_device(batch, sharding, 2 * jax.device_count())
     assert arrays.keys() == batch.keys()
     for name, array in arrays.items():
         assert array.sharding == sharding
@@ -30,7 +30,10 @@ def test_values_and_layout(sharding):
 
 @pytest.mark.parametrize("size", [0, 1, 2, 10])
 def test_prefetch_keeps_order_and_count(sharding, size):
-    found = [int(batch["image"][0, 0]) for batch in prefetch_to_device(batches(5), sharding, size)]
+    found = [
+        int(batch["image"][0, 0])
+        for batch in prefetch_to_device(batches(5), sharding, 2 * jax.device_count(), size)
+    ]
     assert found == list(range(5))
 
 
@@ -42,5 +45,5 @@ def test_prefetch_reads_no_further_than_asked(sharding):
             read.append(i)
             yield batch
 
-    next(prefetch_to_device(stream(), sharding, size=2))
+    next(prefetch_to_device(stream(), sharding, 2 * jax.device_count(), size=2))
     assert read == [0, 1, 2]

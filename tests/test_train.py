@@ -10,6 +10,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from magnet_jax import train as train_module
@@ -42,9 +43,18 @@ def final_state(workdir, step=12):
     """All arrays of the last checkpoint, as saved."""
     checkpointer = Checkpointer(workdir, read_only=True)
     assert checkpointer.latest_step() == step
-    saved = checkpointer._manager.restore(step)
+    saved = checkpointer._manager.item_metadata(step)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # The run may have had other devices.
+    target = {
+        item: jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved[item].tree
+        )
+        for item in ("variables", "rest")
+    }
+    restores = {item: ocp.args.StandardRestore(tree) for item, tree in target.items()}
+    found = checkpointer._manager.restore(step, args=ocp.args.Composite(**restores))
     checkpointer.close()
-    return jax.tree.map(np.asarray, {"variables": saved.variables, "rest": saved.rest})
+    return jax.tree.map(np.asarray, {item: found[item] for item in target})
 
 
 def assert_same_run(workdir, other):
