@@ -78,20 +78,12 @@ class Pmap:
     def compile(
         self, step: Step, shapes: TrainState, shardings: TrainState, batch: Mapping[str, Any]
     ) -> Step:
-        """The compiled step; it takes over the memory of the state that it is given."""
-        count, everywhere = jax.local_device_count(), jax.device_count()
-
-        def stacked(leaf):
-            return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
-
-        def share(leaf):
-            return jax.ShapeDtypeStruct((count, leaf.shape[0] // everywhere, *leaf.shape[1:]), leaf.dtype)
-
+        """The step, compiled when it is first called; it takes over the memory of the state that it is given."""
+        del shapes, shardings, batch  # Ahead of time, pmap compiles in one process only.
         mapped = jax.pmap(step, PMAP_AXIS, donate_argnums=0)
-        compiled = mapped.lower(jax.tree.map(stacked, shapes), jax.tree.map(share, dict(batch))).compile()
 
         def run(state, batch):
-            state, metrics = compiled(state, batch)
+            state, metrics = mapped(state, batch)
             return state, jax.tree.map(lambda copies: copies.addressable_shards[0].data[0], metrics)
 
         return run
