@@ -1,4 +1,4 @@
-"""Deformable attention: both forms of sampling against loops and against each other, on one device and on two."""
+"""Deformable attention: all forms of sampling against loops and against each other, on one device and on two."""
 
 import functools
 
@@ -10,17 +10,15 @@ from jax.sharding import PartitionSpec
 
 from magnet_jax.models.deformable import (
     DENSE_PIXELS,
+    FORMS,
     DeformableAttention,
     fan_bias,
     reference_points,
-    sample_dense,
-    sample_gather,
 )
 from magnet_jax.sharding import make_mesh
 
 LEVELS = ((1, 1), (2, 3), (5, 4))
 PIXELS, POINTS, QUERIES = 1 + 6 + 20, 2, 7
-FORMS = {"gather": sample_gather, "dense": sample_dense}
 
 
 def sampling_inputs(seed=0, spread=5.0):
@@ -80,12 +78,20 @@ def test_points_far_outside_see_nothing(form):
             assert (np.asarray(gradient) == 0).all()
 
 
-def test_dense_and_gather_have_the_same_gradients():
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "gather"])
+def test_every_form_has_the_gradients_of_gather(form):
     inputs = sampling_inputs(3, 2.0)
-    pairs = zip(*(value_and_gradients(form)(*inputs)[1] for form in FORMS), strict=True)
-    for name, (gather, dense) in zip(("value", "x", "y", "weights"), pairs, strict=True):
+    pairs = zip(*(value_and_gradients(name)(*inputs)[1] for name in ("gather", form)), strict=True)
+    for name, (gather, other) in zip(("value", "x", "y", "weights"), pairs, strict=True):
         assert np.abs(gather).max() > 0.1, name
-        np.testing.assert_allclose(dense, gather, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(other, gather, atol=2e-5, err_msg=name)
+
+
+def test_rows_keep_nothing_for_the_backward_pass():
+    """What lies between forward and backward is the arguments."""
+    arguments = sampling_inputs(8)
+    kept = jax.eval_shape(lambda *a: jax.vjp(lambda *a: FORMS["rows"](*a, LEVELS), *a)[1], *arguments)
+    assert sum(x.size for x in jax.tree.leaves(kept)) <= sum(x.size for x in arguments)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -174,7 +180,7 @@ def test_attention_written_out():
         y[b, h, q, level * POINTS + point] = image_y * height - 0.5
     sampled = sampled_by_loops(value, x, y, weights.transpose(0, 2, 1, 3))
     expected = linear(sampled.transpose(0, 2, 1, 3).reshape(2, PIXELS, 4), "output")
-    for sampling in ("gather", "dense", "auto"):
+    for sampling in (*FORMS, "auto"):
         apply = jax.jit(module.clone(sampling=sampling).apply, static_argnums=3)
         result = apply(params, query, source, LEVELS)
         np.testing.assert_allclose(result, expected, atol=2e-5, err_msg=sampling)
@@ -193,11 +199,11 @@ def test_attention_starts_uniform_with_the_fan():
 def test_automatic_choice_depends_on_the_number_of_pixels():
     module = DeformableAttention(heads=1, points=1)
 
-    def uses_gather(pixels):
+    def uses_rows(pixels):
         levels = ((pixels, 1),)
         x = jax.ShapeDtypeStruct((1, pixels, 2), jnp.float32)
         jaxpr = jax.make_jaxpr(lambda x: module.init_with_output(jax.random.key(0), x, x, levels)[0])(x)
-        return "gather" in str(jaxpr)
+        return "scan" in str(jaxpr)
 
-    assert not uses_gather(DENSE_PIXELS)
-    assert uses_gather(DENSE_PIXELS + 1)
+    assert not uses_rows(DENSE_PIXELS)
+    assert uses_rows(DENSE_PIXELS + 1)

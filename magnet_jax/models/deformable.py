@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -115,6 +116,123 @@ def _sample_dense_backward(levels, residuals, gradient):
 sample_dense.defvjp(_sample_dense_forward, _sample_dense_backward)
 
 
+def _neighbourhoods(value: jax.Array, levels: Levels) -> jax.Array:
+    """The four neighbours of every place between pixels, side by side: `[B, heads, sum((H + 1) * (W + 1)), 4 D]`.
+
+    Outside the map is zero. So that a point reads one long row of memory instead of four short ones.
+    """
+    tables, start = [], 0
+    for height, width in levels:
+        level = value[:, start : start + height * width].transpose(0, 2, 1, 3)
+        level = level.reshape(*level.shape[:2], height, width, -1)
+        padded = jnp.pad(level, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+        upper, lower = padded[:, :, :-1], padded[:, :, 1:]
+        table = jnp.concatenate(
+            [upper[..., :-1, :], upper[..., 1:, :], lower[..., :-1, :], lower[..., 1:, :]], -1
+        )
+        tables.append(table.reshape(*table.shape[:2], -1, table.shape[-1]))
+        start += height * width
+    return jnp.concatenate(tables, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """One of the samples of every query: the row of `_neighbourhoods` and the shares of its four pixels; `[B, heads, Q]`."""
+
+    row: jax.Array
+    right: jax.Array  # How far the point is to the right of its left neighbours, 0 to 1,
+    down: jax.Array  # and below its upper ones.
+    inside: jax.Array  # Whether any of its neighbours is in the map.
+    weight: jax.Array  # Zero where none is.
+
+    @classmethod
+    def at(cls, x, y, weight, height, width, start) -> _Point:
+        left, top = jnp.floor(x), jnp.floor(y)
+        inside = (left >= -1) & (left < width) & (top >= -1) & (top < height)
+        column = jnp.clip(left, -1, width - 1).astype(jnp.int32) + 1
+        row = jnp.clip(top, -1, height - 1).astype(jnp.int32) + 1
+        row = start + row * (width + 1) + column
+        return cls(row, x - left, y - top, inside, jnp.where(inside, weight, 0))
+
+    def shares(self, channels: int) -> jax.Array:
+        """What each of the `4 * channels` numbers of the row counts: `[B, heads, Q, 4 * channels]`."""
+        corner = np.arange(4 * channels) // channels
+        right, down = self.right[..., None], self.down[..., None]
+        across = jnp.where(corner % 2 == 1, right, 1 - right)
+        return jnp.where(corner // 2 == 1, down, 1 - down) * across * self.weight[..., None]
+
+
+def _scan_points(step, carry, x, y, weights, levels: Levels):
+    """`jax.lax.scan` of `step(carry, point)` over the samples of a query, so that one of them is in memory at a time."""
+    points = x.shape[-1] // len(levels)
+    starts = np.cumsum([0] + [(h + 1) * (w + 1) for h, w in levels])[:-1]
+    constants = (np.repeat(np.array(c, np.int32), points) for c in (*zip(*levels, strict=True), starts))
+    arrays = (jnp.moveaxis(a, -1, 0) for a in (x, y, weights))
+    return jax.lax.scan(lambda c, point: step(c, _Point.at(*point)), carry, (*arrays, *constants))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def sample_rows(
+    value: jax.Array, x: jax.Array, y: jax.Array, weights: jax.Array, levels: Levels
+) -> jax.Array:
+    """The same as `sample_gather`, point by point, each of which reads a row with all four neighbours.
+
+    The backward pass reads the rows again instead of keeping them. Sums are float32.
+    """
+    table, channels = _neighbourhoods(value, levels), value.shape[-1]
+
+    def add(total, point):
+        return total + point.shares(channels) * _read(table, point.row), None
+
+    total = jnp.zeros((*x.shape[:3], 4 * channels), jnp.float32)
+    total, _ = _scan_points(add, total, x, y, weights, levels)
+    return total.reshape(*x.shape[:3], 4, channels).sum(-2).astype(value.dtype)
+
+
+def _read(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows `[B, heads, Q]` of `[B, heads, S, C]`, which are all there."""
+    read = jax.vmap(jax.vmap(lambda table, rows: table.at[rows].get(mode="promise_in_bounds")))
+    return read(table, rows)
+
+
+def _sample_rows_forward(value, x, y, weights, levels):
+    return sample_rows(value, x, y, weights, levels), (value, x, y, weights)
+
+
+def _sample_rows_backward(levels, residuals, gradient):
+    value, x, y, weights = residuals
+    channels = value.shape[-1]
+    table, spread = jax.vjp(lambda value: _neighbourhoods(value, levels), value.astype(jnp.float32))
+    table = table.astype(value.dtype)
+    gradient = jnp.tile(gradient.astype(jnp.float32), 4)
+    by_corner = np.repeat(np.eye(4, dtype=np.float32), channels, axis=0)  # [4 D, 4]
+    scatter = jax.vmap(jax.vmap(lambda table, rows, add: table.at[rows].add(add, mode="promise_in_bounds")))
+
+    def add(total, point):
+        total = scatter(total, point.row, point.shares(channels) * gradient)
+        # What every corner would add if it counted fully.
+        g00, g01, g10, g11 = jnp.einsum(
+            "bhqc,ck->kbhq",
+            gradient * _read(table, point.row),
+            by_corner,
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        upper, lower = g00 + point.right * (g01 - g00), g10 + point.right * (g11 - g10)
+        x_gradient = point.weight * ((1 - point.down) * (g01 - g00) + point.down * (g11 - g10))
+        weight_gradient = jnp.where(point.inside, upper + point.down * (lower - upper), 0)
+        return total, (x_gradient, point.weight * (lower - upper), weight_gradient)
+
+    total, gradients = _scan_points(add, jnp.zeros(table.shape, jnp.float32), x, y, weights, levels)
+    x_gradient, y_gradient, weight_gradient = (jnp.moveaxis(g, 0, -1) for g in gradients)
+    return spread(total)[0].astype(value.dtype), x_gradient, y_gradient, weight_gradient
+
+
+sample_rows.defvjp(_sample_rows_forward, _sample_rows_backward)
+
+
+FORMS = {"gather": sample_gather, "dense": sample_dense, "rows": sample_rows}
+
+
 def reference_points(shapes: Sequence[tuple[int, int]]) -> np.ndarray:
     """Centres (x, y) in [0, 1] of the pixels of all levels, level after level, row by row: `[sum(H * W), 2]`."""
     points = []
@@ -139,7 +257,7 @@ class DeformableAttention(nn.Module):
     """Multi-scale deformable attention of all pixels of a pyramid on all its levels.
 
     query and source `[B, sum(H * W), C]`, shapes: (H, W) of every level -> `[B, sum(H * W), C]`.
-    `sampling` is 'gather', 'dense' or 'auto' (dense for small pyramids); all give the same values.
+    `sampling` is one of `FORMS` or 'auto' (dense for small pyramids, else rows); all give the same values.
     Source: Deformable DETR (arXiv 2010.04159); spec section 3.
     """
 
@@ -176,7 +294,7 @@ class DeformableAttention(nn.Module):
         centre = reference_points(shapes)
         x = offsets[0] + (centre[:, :1] * width - 0.5)
         y = offsets[1] + (centre[:, 1:] * height - 0.5)
-        dense_form = self.sampling == "dense" or (self.sampling == "auto" and queries <= DENSE_PIXELS)
-        out = (sample_dense if dense_form else sample_gather)(value, x, y, weights, tuple(map(tuple, shapes)))
+        form = self.sampling if self.sampling != "auto" else "dense" if queries <= DENSE_PIXELS else "rows"
+        out = FORMS[form](value, x, y, weights, tuple(map(tuple, shapes)))
         out = out.transpose(0, 2, 1, 3).reshape(batch, queries, channels)
         return dense(channels, "output", kernel_init=xavier_uniform)(out)
