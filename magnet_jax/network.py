@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
 from magnet_jax.models import Lavt, MagNet, MaskGrounding, Output, TextProjection
+from magnet_jax.models.deformable import FORMS
 from magnet_jax.models.layers import Remat
 
 # Of ImageNet, RGB; what the published encoders were trained with (data spec section 3).
@@ -88,6 +89,11 @@ def build_model(config: ConfigDict) -> nn.Module:
         Remat(tuple(fields.get("remat", ())), fields.get("remat_policy", "nothing"))
     except ValueError as error:
         raise UserError(f"config.model.{error}") from None
+    sampling = fields.get("pixel_decoder", {}).get("sampling", "auto")
+    if sampling not in (*FORMS, "auto"):
+        raise UserError(
+            f"config.model.pixel_decoder.sampling is '{sampling}'; expected 'auto' or one of {', '.join(FORMS)}"
+        )
     if foreign := sorted(set(fields) - known):
         raise UserError(
             f"config.model has fields that '{name}' has not: {', '.join(foreign)}; start from a configuration of its own"

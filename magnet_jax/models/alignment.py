@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.models.layers import (
+    Dense,
     Dropout,
     LayerNorm,
     adaptive_average_pool,
@@ -51,7 +52,7 @@ class PixelWordAttention(nn.Module):
         def dense(name):
             if self.norm == "instance":  # A convolution of width 1 there, which starts otherwise.
                 return fan_in_dense(channels, channels, dtype=self.dtype, name=name)
-            return nn.Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name=name)
+            return Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name=name)
 
         def drop(y):
             return Dropout(self.dropout)(y, train=train)
@@ -83,8 +84,8 @@ class Gate(nn.Module):
     def __call__(self, r):
         first = zeros if self.start == "zero" else normal
         second = normal if self.start == "normal" else zeros
-        y = nn.Dense(r.shape[-1], use_bias=False, kernel_init=first, dtype=self.dtype, name="fc1")(r)
-        y = nn.Dense(r.shape[-1], use_bias=False, kernel_init=second, dtype=self.dtype, name="fc2")(
+        y = Dense(r.shape[-1], use_bias=False, kernel_init=first, dtype=self.dtype, name="fc1")(r)
+        y = Dense(r.shape[-1], use_bias=False, kernel_init=second, dtype=self.dtype, name="fc2")(
             self.activation(y)
         )
         return jnp.tanh(y)
@@ -106,7 +107,7 @@ class Pyramid(nn.Module):
         batch, height, width, channels = x.shape
 
         def dense(features, name):
-            return nn.Dense(features, use_bias=False, kernel_init=fan_in_uniform, dtype=self.dtype, name=name)
+            return Dense(features, use_bias=False, kernel_init=fan_in_uniform, dtype=self.dtype, name=name)
 
         y = LayerNorm(1e-6, name="norm")(dense(4 * channels, "fc1")(adaptive_average_pool(x, self.size)))
         y = dense(channels // 4, "fc3")(gelu(dense(channels, "fc2")(y)))
@@ -143,11 +144,11 @@ class ImageAlignment(nn.Module):
             )
             for i, size in enumerate(self.pyramids)
         ]
-        s = nn.Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="mixer1")(
+        s = Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="mixer1")(
             jnp.concatenate([*maps, r], -1)
         )
         s = LayerNorm(name="mixer_norm")(s)
-        s = nn.Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="mixer2")(s)
+        s = Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="mixer2")(s)
         return gelu(s), r
 
 

@@ -8,7 +8,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from magnet_jax.models.layers import Dropout, LayerNorm, Remat, attend, gelu, normal
+from magnet_jax.models.layers import (
+    Dense,
+    Dropout,
+    LayerNorm,
+    Remat,
+    attend,
+    gelu,
+    normal,
+)
 
 
 class BertEmbeddings(nn.Module):
@@ -45,7 +53,7 @@ class BertLayer(nn.Module):
         hidden = x.shape[-1]
 
         def dense(features, name):
-            return nn.Dense(features, kernel_init=normal, dtype=self.dtype, name=name)
+            return Dense(features, kernel_init=normal, dtype=self.dtype, name=name)
 
         def split(y):
             return y.reshape(*y.shape[:-1], self.heads, hidden // self.heads)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax.models.layers import xavier_uniform, zeros
+from magnet_jax.models.layers import Dense, xavier_uniform, zeros
 
 # Up to this many pixels in all levels together, sampling is a matrix product when the form is chosen automatically.
 DENSE_PIXELS = 2048
@@ -275,7 +275,7 @@ class DeformableAttention(nn.Module):
             return jnp.asarray(fan_bias(heads, levels, points), dtype)
 
         def dense(features, name, dtype=self.dtype, **init):
-            return nn.Dense(features, dtype=dtype, name=name, **init)
+            return Dense(features, dtype=dtype, name=name, **init)
 
         # Positions are float32: bfloat16 would round them to whole pixels.
         query = query.astype(jnp.float32)

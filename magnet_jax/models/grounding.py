@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.models.bert import BertLayer, attention_bias
-from magnet_jax.models.layers import LayerNorm, example_keys, gelu, normal, sine_position, zeros
+from magnet_jax.models.layers import (
+    Dense,
+    LayerNorm,
+    example_keys,
+    gelu,
+    normal,
+    sine_position,
+    zeros,
+)
 
 
 def mask_words(
@@ -84,7 +92,7 @@ class MaskGrounding(nn.Module):
         height, width = image_features.shape[1:3]
 
         def dense(features, name):
-            return nn.Dense(features, kernel_init=normal, dtype=self.dtype, name=name)
+            return Dense(features, kernel_init=normal, dtype=self.dtype, name=name)
 
         image = dense(hidden, "image")(image_features.reshape(batch, height * width, -1))
         image = LayerNorm(name="image_norm")(image)

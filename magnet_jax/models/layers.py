@@ -25,14 +25,57 @@ fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 kaiming_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
-def fan_in_dense(features: int, fan_in: int, *, dtype: Any, name: str | None = None) -> nn.Dense:
+@jax.custom_vjp
+def _linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    y = x @ kernel.astype(x.dtype)
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+def _linear_forward(x, kernel, bias):
+    return _linear(x, kernel, bias), (x, kernel, bias)
+
+
+def _linear_backward(residuals, gradient):
+    x, kernel, bias = residuals
+    leading = tuple(range(x.ndim - 1))
+    kernel_gradient = jax.lax.dot_general(
+        x, gradient, ((leading, leading), ((), ())), preferred_element_type=kernel.dtype
+    )
+    bias_gradient = None if bias is None else gradient.astype(bias.dtype).sum(leading)
+    return gradient @ kernel.astype(x.dtype).T, kernel_gradient, bias_gradient
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+class Dense(nn.Module):
+    """Linear layer `[..., C] -> [..., features]` in `dtype`, with float32 parameters.
+
+    As flax's, but gradients of the parameters are float32 from the product on: its sums over examples are not rounded to
+    `dtype` before devices, or parts of an accumulated gradient, are added up.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = xavier_uniform
+    bias_init: nn.initializers.Initializer = zeros
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
+        return _linear(x.astype(self.dtype), kernel, bias)
+
+
+def fan_in_dense(features: int, fan_in: int, *, dtype: Any, name: str | None = None) -> Dense:
     """Linear layer whose kernel and bias both start uniform in +-1/sqrt(fan_in)."""
     bound = fan_in**-0.5
 
     def bias_init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return nn.Dense(features, kernel_init=fan_in_uniform, bias_init=bias_init, dtype=dtype, name=name)
+    return Dense(features, kernel_init=fan_in_uniform, bias_init=bias_init, dtype=dtype, name=name)
 
 
 class LayerNorm(nn.Module):

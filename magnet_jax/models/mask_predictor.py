@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.models.layers import (
+    Dense,
     LayerNorm,
     attend,
     fan_in_dense,
@@ -30,7 +31,7 @@ class Attention(nn.Module):
         channels = query.shape[-1]
 
         def project(x, name):
-            y = nn.Dense(channels, kernel_init=xavier_uniform, dtype=self.dtype, name=name)(x)
+            y = Dense(channels, kernel_init=xavier_uniform, dtype=self.dtype, name=name)(x)
             return y.reshape(*y.shape[:-1], self.heads, channels // self.heads)
 
         y = attend(
@@ -41,7 +42,7 @@ class Attention(nn.Module):
             bias=bias,
         )
         y = y.reshape(query.shape)
-        return nn.Dense(channels, kernel_init=xavier_uniform, dtype=self.dtype, name="output")(y)
+        return Dense(channels, kernel_init=xavier_uniform, dtype=self.dtype, name="output")(y)
 
 
 class PredictorLayer(nn.Module):
@@ -59,10 +60,8 @@ class PredictorLayer(nn.Module):
         query = state + query_position
         y = Attention(self.heads, self.dtype, name="self_attn")(query, query, state)
         state = LayerNorm(name="self_norm")(state + y)
-        y = nn.relu(
-            nn.Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(state)
-        )
-        y = nn.Dense(state.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="fc2")(y)
+        y = nn.relu(Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(state))
+        y = Dense(state.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="fc2")(y)
         return LayerNorm(name="mlp_norm")(state + y)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from magnet_jax.models.deformable import DeformableAttention
 from magnet_jax.models.layers import (
+    Dense,
     GroupNorm,
     LayerNorm,
     Remat,
@@ -33,10 +34,8 @@ class PixelDecoderLayer(nn.Module):
     def __call__(self, source, position, shapes):
         attention = DeformableAttention(self.heads, self.points, self.sampling, self.dtype, name="attn")
         source = LayerNorm(name="norm1")(source + attention(source + position, source, shapes))
-        y = nn.relu(
-            nn.Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(source)
-        )
-        y = nn.Dense(source.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="fc2")(y)
+        y = nn.relu(Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(source))
+        y = Dense(source.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="fc2")(y)
         return LayerNorm(name="norm2")(source + y)
 
 
@@ -69,7 +68,7 @@ class PixelDecoder(nn.Module):
         sources, positions = [], []
         for i, (feature, (height, width)) in enumerate(zip(features, shapes, strict=True)):
             x = feature.reshape(batch, height * width, feature.shape[-1])
-            x = nn.Dense(self.channels, kernel_init=xavier_uniform, dtype=self.dtype, name=f"input_{i}")(x)
+            x = Dense(self.channels, kernel_init=xavier_uniform, dtype=self.dtype, name=f"input_{i}")(x)
             sources.append(GroupNorm(self.groups, name=f"input_norm_{i}")(x))
             positions.append(sine_position(height, width, self.channels) + level_embedding[i])
         source = jnp.concatenate(sources, 1)
@@ -86,7 +85,7 @@ class PixelDecoder(nn.Module):
             part.reshape(batch, *shape, self.channels)
             for part, shape in zip(jnp.split(source, ends, 1), shapes, strict=True)
         ]
-        mask_features = nn.Dense(
+        mask_features = Dense(
             self.channels, kernel_init=kaiming_uniform, dtype=self.dtype, name="mask_features"
         )
         return mask_features(refined[-1]), refined

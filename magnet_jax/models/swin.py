@@ -10,7 +10,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax.models.layers import DropPath, LayerNorm, Remat, attend, gelu, sine_position, truncated_normal
+from magnet_jax.models.layers import (
+    Dense,
+    DropPath,
+    LayerNorm,
+    Remat,
+    attend,
+    gelu,
+    sine_position,
+    truncated_normal,
+)
 
 
 @functools.cache
@@ -56,7 +65,7 @@ class WindowAttention(nn.Module):
             batch, -1, window * window, channels
         )  # [B, windows, pixels, C]
 
-        qkv = nn.Dense(3 * channels, kernel_init=truncated_normal, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * channels, kernel_init=truncated_normal, dtype=self.dtype, name="qkv")(x)
         qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, channels // self.heads)
         table = self.param("relative_position_bias", truncated_normal, ((2 * window - 1) ** 2, self.heads))
         bias = table[relative_position_index(window)].transpose(2, 0, 1)  # [heads, pixels, pixels]
@@ -65,7 +74,7 @@ class WindowAttention(nn.Module):
         scale = (channels // self.heads) ** -0.5
         x = attend(qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :], scale=scale, bias=bias)
         x = x.reshape(batch, -1, window * window, channels)
-        x = nn.Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="proj")(x)
+        x = Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="proj")(x)
 
         x = x.reshape(batch, padded_height // window, padded_width // window, window, window, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, padded_height, padded_width, channels)
@@ -89,8 +98,8 @@ class SwinBlock(nn.Module):
         y = WindowAttention(self.heads, self.window, self.shifted, self.dtype, name="attn")(y)
         x += DropPath(self.drop_path)(y, train=train)
         y = LayerNorm(name="norm2")(x)
-        y = gelu(nn.Dense(4 * x.shape[-1], kernel_init=truncated_normal, dtype=self.dtype, name="fc1")(y))
-        y = nn.Dense(x.shape[-1], kernel_init=truncated_normal, dtype=self.dtype, name="fc2")(y)
+        y = gelu(Dense(4 * x.shape[-1], kernel_init=truncated_normal, dtype=self.dtype, name="fc1")(y))
+        y = Dense(x.shape[-1], kernel_init=truncated_normal, dtype=self.dtype, name="fc2")(y)
         return x + DropPath(self.drop_path)(y, train=train)
 
 
@@ -157,7 +166,7 @@ class PatchMerging(nn.Module):
         # Order of the published layout: the row offset varies fastest, then the column offset.
         x = x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
         x = LayerNorm(name="norm")(x)
-        dense = nn.Dense(
+        dense = Dense(
             2 * channels, use_bias=False, kernel_init=truncated_normal, dtype=self.dtype, name="reduction"
         )
         return dense(x)
