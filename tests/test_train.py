@@ -57,9 +57,9 @@ def final_state(workdir, step=12):
     return jax.tree.map(np.asarray, {item: found[item] for item in target})
 
 
-def assert_same_run(workdir, other):
+def assert_same_run(workdir, other, step=12):
     """Same parameters and optimizer state bit for bit, same history."""
-    a, b = final_state(workdir), final_state(other)
+    a, b = final_state(workdir, step), final_state(other, step)
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype
