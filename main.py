@@ -77,7 +77,10 @@ def main(_) -> None:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         fail(
-            1, f"out of memory; lower config.data.batch_size or the image size ({str(error).splitlines()[0]})"
+            1,
+            "out of memory; split the batch (config.train.accumulate=2 or more) or lower config.data.batch_size, compute "
+            "again instead of keeping (config.model.remat=('decoder','stage_1')), compute in config.model.dtype='bfloat16', "
+            f"or split the parameters (config.sharding=(('.*','fsdp'),)) ({str(error).splitlines()[0]})",
         )
 
 

@@ -43,6 +43,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     workdir = Path(workdir)
     first_process = jax.process_index() == 0
     own = run_files.load_config(workdir) if run_files.is_run(workdir) else None
+    wait_for_all("looked for a run")  # Before the first process makes one.
     config, tokenizer, changes = prepare(config, own)
     if own is not None:
         run_files.check_same_config(workdir, config)
@@ -98,6 +99,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
     if first_process and own is None:
         tokenizer.save(workdir / "tokenizer")
         run_files.save_config(workdir, config)
+    wait_for_all("made a run")
+    run_files.wait_for_run(workdir)
 
     checkpointer = Checkpointer(workdir, config.checkpoint.keep)
     start_step = checkpointer.latest_step() or 0
@@ -227,6 +230,12 @@ def train(config: ConfigDict, workdir: str) -> dict:
     log.close()
     checkpointer.close()
     return results
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when all processes have come here; nothing to do for one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def check_splits(config: ConfigDict) -> None:

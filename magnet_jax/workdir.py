@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -66,6 +67,20 @@ def save_config(workdir: str | Path, config: ConfigDict) -> None:
 def is_run(workdir: str | Path) -> bool:
     """Whether a directory holds a run."""
     return (Path(workdir) / "config.json").exists()
+
+
+def wait_for_run(workdir: str | Path, patience: float = 60.0) -> None:
+    """Returns when the run that another process has made is seen here, which network disks show late.
+
+    Raises UserError after `patience` seconds.
+    """
+    end = time.monotonic() + patience
+    while not is_run(workdir):
+        if time.monotonic() > end:
+            raise UserError(
+                f"'{workdir}' is not what process 0 has there; give a --workdir on a disk that all processes share"
+            )
+        time.sleep(0.5)
 
 
 def load_config(workdir: str | Path) -> ConfigDict:

@@ -199,3 +199,16 @@ def test_disk_that_refuses_to_take_more(tmp_path):
     assert last.startswith(f"error: could not write a checkpoint to '{tmp_path}")
     assert not (tmp_path / "results.json").exists()
     assert not [path for path in (tmp_path / "checkpoints").glob("*") if path.name.isdigit()]
+
+
+def test_out_of_memory_says_what_to_lower():
+    program = """if True:
+        import jax, main
+        from absl import app
+        def run(config):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\\nAnd more")
+        main.run = run
+        app.run(main.main, argv=["main.py"], flags_parser=main.parse)
+    """
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert_one_line(ended, "out of memory", "config.train.accumulate", "config.data.batch_size", "99 bytes")
