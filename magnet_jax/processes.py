@@ -111,7 +111,7 @@ def joined(place: Place, patience: float) -> Iterator[None]:
     except (UserError, DataError):
         raise
     except Exception as error:
-        if gone := watch.gone(_GRACE):
+        if "RESOURCE_EXHAUSTED" not in str(error) and (gone := watch.gone(_GRACE)):
             raise UserError(gone) from error
         raise
     watch.close()
@@ -141,7 +141,7 @@ class _Link:
                     return None
             line, _, self.unread = self.unread.partition(b"\n")
             message = json.loads(line)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return message if isinstance(message, dict) else None
 
@@ -159,9 +159,11 @@ class _Listener:
     def gather(self) -> tuple[list[_Link], int]:
         """Connections to all others, which have been told the port of JAX's own service."""
         host, port = self.place.address
-        everywhere = host not in ("localhost", "127.0.0.1")
+        here = host in ("localhost", "127.0.0.1")
+        both = not here and socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
         try:
-            server = socket.create_server(("" if everywhere else host, port))
+            server = socket.create_server((host if here else "", port), family=family, dualstack_ipv6=both)
         except OSError as error:
             raise UserError(
                 f"process 0 cannot listen at {self.place.coordinator} ({os.strerror(error.errno or 0)}); "
@@ -200,7 +202,8 @@ class _Listener:
         if not isinstance(index, int) or not isinstance(count, int):
             connection.close()  # Whoever that was.
             return
-        link.process, link.host = index, str(hello.get("host"))[:100]
+        link.process = index
+        link.host = "".join(filter(str.isprintable, str(hello.get("host"))[:100]))
         wrong = ""
         if count != self.place.count:
             wrong = f"{link} was started with --process_count={count}, process 0 with {self.place.count}"
@@ -230,7 +233,7 @@ def _report(place: Place, patience: float) -> tuple[list[_Link], int]:
             continue
         link = _Link(connection, 0, place.address[0])
         link.send(process=place.index, count=place.count, host=socket.gethostname())
-        answer = link.receive(max(left, 1.0)) or {}
+        answer = link.receive(patience + 5) or {}  # Now it is process 0 that waits for the others.
         if isinstance(answer.get("error"), str):
             raise UserError(answer["error"])
         if isinstance(answer.get("port"), int):
@@ -246,13 +249,8 @@ class _Watch:
     """Listens to the connections while the processes work."""
 
     def __init__(self, place: Place, links: list[_Link]):
-        self._first, self._links = place.index == 0, links
-        self._lock, self._concluded, self._line, self._closed = (
-            threading.Lock(),
-            threading.Event(),
-            "",
-            False,
-        )
+        self._first, self._links, self._lock = place.index == 0, links, threading.Lock()
+        self._line, self._concluded, self._closed = "", threading.Event(), False
         for link in links:
             link.connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             # A host that vanishes sends nothing: after 20 s of silence it is asked, every 5 s, 4 times.

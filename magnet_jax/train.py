@@ -108,7 +108,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
     log.say(
         f"{len(records)} expressions, {total_steps} steps of {config.data.batch_size}, {parameters / 1e6:.2f} M parameters, "
-        f"{mesh.size} {jax.devices()[0].platform} device(s)"
+        f"{mesh.size} {jax.devices()[0].platform} device(s) in {jax.process_count()} process(es)"
     )
     if start_step:
         log.say(f"going on from the checkpoint of step {start_step}")
