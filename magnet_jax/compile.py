@@ -55,7 +55,13 @@ def compile_for(config: ConfigDict, topology: str, step: str = "train") -> dict[
     shardings = state_sharding(shapes, mesh, config.sharding)
     if step == "train":
         function = make_train_step(
-            network, tx, config.loss, schedule, accumulate=config.train.accumulate, ema=config.train.ema
+            network,
+            tx,
+            config.loss,
+            schedule,
+            accumulate=config.train.accumulate,
+            ema=config.train.ema,
+            batch_sharding=batch_sharding(mesh),
         )
         jitted = jax.jit(
             function,
@@ -64,7 +70,8 @@ def compile_for(config: ConfigDict, topology: str, step: str = "train") -> dict[
             donate_argnums=0,
         )
     else:
-        function, shapes, shardings = make_eval_step(network), shapes.variables, shardings.variables
+        function = make_eval_step(network, batch_sharding(mesh))
+        shapes, shardings = shapes.variables, shardings.variables
         jitted = jax.jit(
             function, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh)
         )

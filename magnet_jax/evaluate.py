@@ -322,7 +322,7 @@ def csv_path(workdir: str | Path, split: str, config: ConfigDict) -> Path | None
 def jit_eval_step(network, shardings, mesh: Mesh) -> Callable:
     """The compiled evaluation step; outputs are small and go to every device."""
     return jax.jit(
-        make_eval_step(network),
+        make_eval_step(network, batch_sharding(mesh)),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=replicated(mesh),
     )

@@ -29,6 +29,7 @@ class Cost:
         default_factory=lambda: defaultdict(float)
     )  # Bytes of results.
     wire: float = 0.0  # Bytes that the device sends, by ring algorithms.
+    channels: set[str] = dataclasses.field(default_factory=set)  # Of the collectives counted.
 
     def add(self, other: Cost, times: float) -> None:
         """Adds another cost, several times."""
@@ -89,24 +90,17 @@ def _add_line(total: Cost, line: str, shapes: dict, of, computations: dict[str, 
     ):
         total.add(of(called[1]), 1)
         return
-    kind = operation.removesuffix("-start")
-    if kind in COLLECTIVES:
-        # What is started is a pair of operand and result; either way the last shape is the result.
-        size = _last_size(result) if operation.endswith("-start") and result.startswith("(") else size
-        members = _members(rest)
-        total.counts[kind] += 1
-        total.sizes[kind] += size
-        total.wire += (
-            size
-            * {
-                "all-reduce": 2 * (members - 1) / members,
-                "all-gather": (members - 1) / members,
-                "reduce-scatter": members - 1,  # Of a result that is one part.
-                "all-to-all": (members - 1) / members,
-                "collective-permute": 1,
-            }[kind]
-        )
+    if operation.removesuffix("-start") in COLLECTIVES:
+        _add_collective(total, operation, result, rest)
         return
+    if operation == "fusion" and (called := re.search(r"calls=%?([\w.\-]+)", rest)):
+        # A TPU sends within fusions: a sum of which each keeps a part, and pieces of one transfer between products.
+        for inner in filter(None, map(_LINE.match, computations.get(called[1], ()))):
+            if inner[2].removesuffix("-start") in COLLECTIVES:
+                if called[1].startswith("all-reduce-scatter"):
+                    _add_collective(total, "reduce-scatter", result, inner[3])
+                else:
+                    _add_collective(total, inner[2], inner[1], inner[3])
     cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
     if cycles:
         total.cycles += int(cycles[1])
@@ -114,6 +108,30 @@ def _add_line(total: Cost, line: str, shapes: dict, of, computations: dict[str, 
         total.silent += 1
         operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
         total.silent_bytes += size + sum(shapes.get(operand, 0) for operand in operands)
+
+
+def _add_collective(total: Cost, operation: str, result: str, rest: str) -> None:
+    channel = re.search(r"channel_id=(\d+)", rest)
+    if channel and channel[1] in total.channels:
+        return  # Another piece of the same.
+    if channel:
+        total.channels.add(channel[1])
+    kind = operation.removesuffix("-start")
+    # What is started is a pair of operand and result; either way the last shape is the result.
+    size = _last_size(result) if operation.endswith("-start") and result.startswith("(") else _size(result)
+    members = _members(rest)
+    total.counts[kind] += 1
+    total.sizes[kind] += size
+    total.wire += (
+        size
+        * {
+            "all-reduce": 2 * (members - 1) / members,
+            "all-gather": (members - 1) / members,
+            "reduce-scatter": members - 1,  # Of a result that is one part.
+            "all-to-all": (members - 1) / members,
+            "collective-permute": 1,
+        }[kind]
+    )
 
 
 def _size(shape: str) -> int:

@@ -27,7 +27,7 @@ class Jit:
     axis_name = None
 
     def __init__(self, mesh: Mesh):
-        self.mesh = mesh
+        self.mesh, self.batch_sharding = mesh, batch_sharding(mesh)
 
     def compile(
         self, step: Step, shapes: TrainState, shardings: TrainState, batch: Mapping[str, Any]
@@ -35,7 +35,7 @@ class Jit:
         """The compiled step; it takes over the memory of the state that it is given."""
         jitted = jax.jit(
             step,
-            in_shardings=(shardings, batch_sharding(self.mesh)),
+            in_shardings=(shardings, self.batch_sharding),
             out_shardings=(shardings, replicated(self.mesh)),
             donate_argnums=0,
         )
@@ -51,11 +51,11 @@ class Jit:
 
     def rows(self, batch_size: int) -> np.ndarray:
         """Rows of a batch that this process has to give."""
-        return rows_by_process(batch_sharding(self.mesh), batch_size)[jax.process_index()]
+        return rows_by_process(self.batch_sharding, batch_size)[jax.process_index()]
 
     def batches(self, batches: Iterable[Mapping[str, np.ndarray]], batch_size: int) -> Iterator[Batch]:
         """This process's rows of global batches on their way to the devices."""
-        return prefetch_to_device(batches, batch_sharding(self.mesh), batch_size)
+        return prefetch_to_device(batches, self.batch_sharding, batch_size)
 
 
 class Pmap:
@@ -65,6 +65,7 @@ class Pmap:
     """
 
     axis_name = PMAP_AXIS
+    batch_sharding = None  # What a step sees is one device's share.
 
     def __init__(self, mesh: Mesh, config: ConfigDict):
         tactics = {tactic for _, tactic in config.sharding}

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from magnet_jax.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
-FSDP_MIN_BYTES = 4 * 2**20  # Smaller arrays cost more to gather than to hold.
+FSDP_MIN_BYTES = 2**20  # Smaller arrays cost more to gather than to hold.
 
 
 def make_mesh(axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | None = None) -> Mesh:

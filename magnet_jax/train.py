@@ -88,6 +88,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         accumulate=config.train.accumulate,
         ema=config.train.ema,
         axis_name=parallelism.axis_name,
+        batch_sharding=parallelism.batch_sharding,
     )
     evaluator = Evaluator(jit_eval_step(network, shardings.variables, mesh), tokenizer, config, mesh)
     check_best_metric(config, evaluator.figure_names())

@@ -9,9 +9,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from magnet_jax.models.layers import examples_at
+from magnet_jax.models.layers import batch_split_by, examples_at
 from magnet_jax.network import Network
 from magnet_jax.total_loss import Batch, Metrics, hide_words, loss_totals, partial_loss, resize_logits
 
@@ -67,12 +68,14 @@ def make_train_step(
     accumulate: int = 1,
     ema: float = 0.0,
     axis_name: str | None = None,
+    batch_sharding: NamedSharding | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure step `(state, batch) -> (state, metrics)`.
 
     Args: config: `config.loss`; schedule: adds its rate to the metrics; accumulate: parts that the batch is taken in one
     after another, with the result of the whole (but for BatchNorm, whose statistics are those of the parts); ema: decay
-    of the running mean of the parameters, 0 for none; axis_name: of `jax.pmap`, where the batch is one device's share.
+    of the running mean of the parameters, 0 for none; axis_name: of `jax.pmap`, where the batch is one device's share;
+    batch_sharding: of the batch under `jax.jit`, which activations keep.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -88,7 +91,7 @@ def make_train_step(
             totals = jax.lax.psum(totals, axis_name)
 
         def gradient_of(batch_stats: Any, part: Batch, positions: jax.Array) -> tuple[Any, Metrics, Any]:
-            with examples_at(positions):
+            with examples_at(positions), batch_split_by(batch_sharding, len(positions)):
                 (_, (metrics, batch_stats)), gradient = jax.value_and_grad(
                     partial_loss, argnums=1, has_aux=True
                 )(network, state.params, batch_stats, part, totals, key, config)
@@ -143,15 +146,19 @@ def _accumulate(
     return *sums, batch_stats
 
 
-def make_eval_step(network: Network) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+def make_eval_step(
+    network: Network, batch_sharding: NamedSharding | None = None
+) -> Callable[[Any, Batch], dict[str, jax.Array]]:
     """The pure step `(variables, batch) -> outputs`: mask logits `[B, h, w]`, class logits `[B, 2]`, intersection, union.
 
-    Intersection and union are int32 `[B]`, pixels at the model's size against `batch['mask']` (the `squash` protocol);
-    both are 0 for padded examples. A network without class logits never says that nothing matches.
+    batch_sharding: of the batch under `jax.jit`, which activations keep. Intersection and union are int32 `[B]`, pixels at
+    the model's size against `batch['mask']` (the `squash` protocol); both are 0 for padded examples. A network without
+    class logits never says that nothing matches.
     """
 
     def eval_step(variables: Any, batch: Batch) -> dict[str, jax.Array]:
-        output = network.apply(variables, batch)
+        with batch_split_by(batch_sharding, len(batch["valid"])):
+            output = network.apply(variables, batch)
         # sigmoid > 0.5 is a positive logit.
         predicted, truth = resize_logits(output.mask_logits, batch["mask"].shape[1:]) > 0, batch["mask"] > 0
         valid = batch["valid"][:, None, None]

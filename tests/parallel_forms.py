@@ -72,7 +72,14 @@ def run(name, form, remat=()):
     shapes = jax.eval_shape(lambda: init_state(network, tx, 0, batches[0]))
     shardings = state_sharding(shapes, mesh, config.sharding)
     ways = make_parallelism(config, mesh)
-    step = make_train_step(network, tx, config.loss, accumulate=accumulate, axis_name=ways.axis_name)
+    step = make_train_step(
+        network,
+        tx,
+        config.loss,
+        accumulate=accumulate,
+        axis_name=ways.axis_name,
+        batch_sharding=ways.batch_sharding,
+    )
     template = {key: jax.ShapeDtypeStruct(value.shape, value.dtype) for key, value in batches[0].items()}
     compiled = ways.compile(step, shapes, shardings, template)
     # Made without a mesh, so that all begin alike.

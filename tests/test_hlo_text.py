@@ -80,3 +80,40 @@ def test_collectives_in_loops_count_as_often_as_they_run(length):
     found = cost(text)
     assert found.counts["all-reduce"] == length
     assert found.sizes["all-reduce"] == length * 16 * 16 * 4
+
+
+FUSED = """HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter (input: f32[4096,1024]) -> f32[512,1024] {
+  %input = f32[4096,1024]{1,0} parameter(0)
+  %all-reduce.14 = f32[4096,1024]{1,0} all-reduce(%input), channel_id=47, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %dynamic-slice.1 = f32[512,1024]{1,0} dynamic-slice(%all-reduce.14), dynamic_slice_sizes={512,1024}
+}
+
+%fused_computation.1 (param: bf16[2,512]) -> bf16[16,512] {
+  %param = bf16[2,512]{1,0} parameter(0)
+  ROOT %all-gather.62 = bf16[16,512]{1,0} all-gather(%param), channel_id=64, replica_groups={{0,1,2,3,4,5,6,7}}
+}
+
+%async_collective_fusion.2 (param.1: bf16[2,512]) -> bf16[16,512] {
+  %param.1 = bf16[2,512]{1,0} parameter(0)
+  ROOT %all-gather.64 = bf16[16,512]{1,0} all-gather(%param.1), channel_id=64, replica_groups={{0,1,2,3,4,5,6,7}}
+}
+
+ENTRY %main (x: f32[4096,1024], y: bf16[2,512]) -> f32[512,1024] {
+  %x = f32[4096,1024]{1,0} parameter(0)
+  %y = bf16[2,512]{1,0} parameter(1)
+  %fusion.1 = bf16[16,512]{1,0} fusion(%y), calls=%fused_computation.1, backend_config={"estimated_cycles":"70"}
+  %fusion.2 = bf16[16,512]{1,0} fusion(%y), calls=%async_collective_fusion.2, backend_config={"estimated_cycles":"30"}
+  ROOT %fusion.3 = f32[512,1024]{1,0} fusion(%x), calls=%all-reduce-scatter, backend_config={"estimated_cycles":"5"}
+}
+"""
+
+
+def test_collectives_within_the_fusions_of_a_tpu():
+    """A gather in two pieces is one, and a sum of which each device keeps an eighth is a reduce-scatter."""
+    found = cost(FUSED)
+    assert dict(found.counts) == {"all-gather": 1, "reduce-scatter": 1}
+    assert dict(found.sizes) == {"all-gather": 16 * 512 * 2, "reduce-scatter": 512 * 1024 * 4}
+    assert found.wire == 16 * 512 * 2 * 7 / 8 + 512 * 1024 * 4 * 7
+    assert found.cycles == 105

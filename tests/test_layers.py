@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from magnet_jax.hlo_text import COLLECTIVES
-from magnet_jax.models.layers import Dense
-from magnet_jax.sharding import make_mesh
+from magnet_jax.hlo_text import COLLECTIVES, cost
+from magnet_jax.models.layers import Dense, batch_split_by
+from magnet_jax.sharding import batch_sharding, make_mesh
 
 
 def inputs(dtype):
@@ -75,3 +75,35 @@ def test_devices_add_up_float32():
     reduced = [line for line in compiled.splitlines() if f" {COLLECTIVES[0]}(" in line]
     assert reduced
     assert not [line for line in reduced if "bf16" in line]
+
+
+def test_parameters_travel_and_activations_stay():
+    """Where both are split over the same devices, kernels are gathered and their gradients added up, and no pixel is sent."""
+    mesh = make_mesh((("fsdp", -1),))
+    by_batch = batch_sharding(mesh)
+    layers = [Dense(size, use_bias=False, dtype=jnp.bfloat16) for size in (256, 64)]
+    kernels = np.ones((64, 256), np.float32), np.ones((256, 64), np.float32)
+    shardings = tuple(jax.NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((None, "fsdp"), ("fsdp",)))
+    x = np.ones((8, 512, 64), np.float32)
+
+    def score(kernels, x):
+        for _ in range(2):
+            y = x
+            for layer, kernel in zip(layers, kernels, strict=True):
+                y = layer.apply({"params": {"kernel": kernel}}, jnp.sin(y))
+            x += y
+        return x.sum()
+
+    def sent(sharding):
+        def step(kernels, x):
+            with batch_split_by(sharding, len(x)):
+                return jax.grad(score)(kernels, x)
+
+        jitted = jax.jit(step, in_shardings=(shardings, by_batch), out_shardings=shardings)
+        return cost(jitted.lower(kernels, x).compile().as_text())
+
+    held, free = sent(by_batch), sent(None)
+    assert held.counts.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
+    # Gathered for each use, forward and backward, and one sum.
+    assert held.wire <= 5 * sum(kernel.nbytes for kernel in kernels)
+    assert free.wire > 5 * held.wire

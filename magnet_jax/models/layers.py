@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 # Initial values, spec section 4b.
 truncated_normal = nn.initializers.truncated_normal(0.02)
@@ -25,10 +26,39 @@ fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 kaiming_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
+_batch: contextvars.ContextVar[tuple[NamedSharding, int] | None] = contextvars.ContextVar(
+    "batch", default=None
+)
+
+
+@contextlib.contextmanager
+def batch_split_by(sharding: NamedSharding | None, size: int) -> Iterator[None]:
+    """While this is traced, what linear layers read and write of `size` examples is split by `sharding`.
+
+    With parameters that are split over the same devices, the compiler could also gather the activations and leave each
+    device a part of the products, which is far more to send.
+    """
+    token = _batch.set(None if sharding is None or sharding.mesh.size == 1 else (sharding, size))
+    try:
+        yield
+    finally:
+        _batch.reset(token)
+
+
+def _split(x: jax.Array) -> jax.Array:
+    if _batch.get() is None or x.shape[0] != _batch.get()[1]:
+        return x
+    sharding = _batch.get()[0]
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, *free))
+    )
+
+
 @jax.custom_vjp
 def _linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-    y = x @ kernel.astype(x.dtype)
-    return y if bias is None else y + bias.astype(x.dtype)
+    y = _split(x) @ kernel.astype(x.dtype)
+    return _split(y if bias is None else y + bias.astype(x.dtype))
 
 
 def _linear_forward(x, kernel, bias):
@@ -37,12 +67,13 @@ def _linear_forward(x, kernel, bias):
 
 def _linear_backward(residuals, gradient):
     x, kernel, bias = residuals
+    gradient = _split(gradient)
     leading = tuple(range(x.ndim - 1))
     kernel_gradient = jax.lax.dot_general(
         x, gradient, ((leading, leading), ((), ())), preferred_element_type=kernel.dtype
     )
     bias_gradient = None if bias is None else gradient.astype(bias.dtype).sum(leading)
-    return gradient @ kernel.astype(x.dtype).T, kernel_gradient, bias_gradient
+    return _split(gradient @ kernel.astype(x.dtype).T), kernel_gradient, bias_gradient
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
