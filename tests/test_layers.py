@@ -78,7 +78,7 @@ def test_devices_add_up_float32():
 
 
 def test_parameters_travel_and_activations_stay():
-    """Where both are split over the same devices, kernels are gathered and their gradients added up, and no pixel is sent."""
+    """Where both are split over the same devices, kernels are gathered, their gradients added up, and no pixel sent."""
     mesh = make_mesh((("fsdp", -1),))
     by_batch = batch_sharding(mesh)
     layers = [Dense(size, use_bias=False, dtype=jnp.bfloat16) for size in (256, 64)]
