@@ -11,7 +11,7 @@ from magnet_jax.train import train
 from tests.test_train import assert_same_run
 from tests.tiny import tiny_config, tiny_network
 
-KILLS, STEPS, LONGEST = 50, 900, 1.2
+KILLS, STEPS, LONGEST = 50, 2000, 0.8
 
 
 def make_config():
@@ -57,7 +57,7 @@ def test_fifty_kills(tmp_path):
             assert steps[-1] >= reached - 3
             reached = max(reached, steps[-1])
     assert torn > 5, "kills in the middle of saves"
-    assert 3 * KILLS < reached < STEPS
+    assert 20 < reached < STEPS
     process = processes.Process(target=run, args=(disturbed,))
     process.start()
     process.join()
