@@ -19,8 +19,9 @@ from magnet_jax.errors import UserError
 from magnet_jax.hlo_text import cost
 from magnet_jax.network import build_network
 from magnet_jax.optim import make_optimizer
-from magnet_jax.sharding import batch_parts, batch_sharding, make_mesh, replicated, state_sharding
-from magnet_jax.train_step import init_state, make_eval_step, make_train_step
+from magnet_jax.parallelism import jit_eval_step, jit_train_step
+from magnet_jax.sharding import batch_parts, batch_sharding, make_mesh, state_sharding
+from magnet_jax.train_step import configured_train_step, init_state
 from magnet_jax.trained import batch_shapes, with_vocabulary
 from magnet_jax.workdir import write_json
 
@@ -54,27 +55,11 @@ def compile_for(config: ConfigDict, topology: str, step: str = "train") -> dict[
     shapes = jax.eval_shape(init)
     shardings = state_sharding(shapes, mesh, config.sharding)
     if step == "train":
-        function = make_train_step(
-            network,
-            tx,
-            config.loss,
-            schedule,
-            accumulate=config.train.accumulate,
-            ema=config.train.ema,
-            batch_sharding=batch_sharding(mesh),
-        )
-        jitted = jax.jit(
-            function,
-            in_shardings=(shardings, batch_sharding(mesh)),
-            out_shardings=(shardings, replicated(mesh)),
-            donate_argnums=0,
-        )
+        function = configured_train_step(config, network, tx, schedule, batch_sharding=batch_sharding(mesh))
+        jitted = jit_train_step(function, shardings, mesh)
     else:
-        function = make_eval_step(network, batch_sharding(mesh))
         shapes, shardings = shapes.variables, shardings.variables
-        jitted = jax.jit(
-            function, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh)
-        )
+        jitted = jit_eval_step(network, shardings, mesh)
     report = {
         "topology": topology,
         "devices": len(devices),
@@ -87,7 +72,7 @@ def compile_for(config: ConfigDict, topology: str, step: str = "train") -> dict[
         "parameters": sum(
             math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes if step == "eval" else shapes.params)
         ),
-        "flops": count_flops(jax.make_jaxpr(function)(shapes, batch).jaxpr),
+        "flops": count_flops(jax.make_jaxpr(jitted)(shapes, batch).jaxpr),
         "jax": jax.__version__,
     }
     lowered = jitted.lower(shapes, batch)

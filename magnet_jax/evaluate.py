@@ -25,9 +25,9 @@ from magnet_jax import metrics
 from magnet_jax.errors import UserError
 from magnet_jax.log import flatten
 from magnet_jax.metrics import PROTOCOLS
-from magnet_jax.sharding import batch_parts, batch_sharding, replicated
+from magnet_jax.parallelism import jit_eval_step
+from magnet_jax.sharding import batch_parts, batch_sharding
 from magnet_jax.table import table
-from magnet_jax.train_step import make_eval_step
 from magnet_jax.trained import load_trained
 from magnet_jax.workdir import write_atomically, write_json
 
@@ -317,12 +317,3 @@ def check_batch_size(section: str, config: ConfigDict, mesh: Mesh) -> None:
 def csv_path(workdir: str | Path, split: str, config: ConfigDict) -> Path | None:
     """Where the lines of a split's expressions go, or None."""
     return Path(workdir) / "expressions" / f"{split}.csv" if config.eval.per_expression else None
-
-
-def jit_eval_step(network, shardings, mesh: Mesh) -> Callable:
-    """The compiled evaluation step; outputs are small and go to every device."""
-    return jax.jit(
-        make_eval_step(network, batch_sharding(mesh)),
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
-    )

@@ -13,12 +13,31 @@ from ml_collections import ConfigDict
 
 from input_pipeline.device import prefetch_to_device, rows_by_process
 from magnet_jax.errors import UserError
-from magnet_jax.network import PMAP_AXIS
+from magnet_jax.network import PMAP_AXIS, Network
 from magnet_jax.sharding import batch_sharding, replicated
 from magnet_jax.total_loss import Batch, Metrics
-from magnet_jax.train_step import TrainState
+from magnet_jax.train_step import TrainState, make_eval_step
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def jit_train_step(step: Step, shardings: TrainState, mesh: Mesh) -> Step:
+    """A train step over a mesh; it takes over the memory of the state that it is given, metrics go to every device."""
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def jit_eval_step(network: Network, shardings: Any, mesh: Mesh) -> Callable:
+    """The evaluation step over a mesh; outputs are small and go to every device."""
+    return jax.jit(
+        make_eval_step(network, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
 
 
 class Jit:
@@ -33,13 +52,7 @@ class Jit:
         self, step: Step, shapes: TrainState, shardings: TrainState, batch: Mapping[str, Any]
     ) -> Step:
         """The compiled step; it takes over the memory of the state that it is given."""
-        jitted = jax.jit(
-            step,
-            in_shardings=(shardings, self.batch_sharding),
-            out_shardings=(shardings, replicated(self.mesh)),
-            donate_argnums=0,
-        )
-        return jitted.lower(shapes, batch).compile()
+        return jit_train_step(step, shardings, self.mesh).lower(shapes, batch).compile()
 
     def to_own(self, state: TrainState) -> TrainState:
         """A state as the compiled step takes it."""

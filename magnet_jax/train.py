@@ -21,15 +21,15 @@ from magnet_jax import visualize
 from magnet_jax import workdir as run_files
 from magnet_jax.checkpoint import Checkpointer
 from magnet_jax.errors import UserError
-from magnet_jax.evaluate import Evaluator, check_batch_size, csv_path, jit_eval_step
+from magnet_jax.evaluate import Evaluator, check_batch_size, csv_path
 from magnet_jax.initial import fill, load_initial
 from magnet_jax.log import Log, flatten
 from magnet_jax.network import build_network
 from magnet_jax.optim import make_optimizer
-from magnet_jax.parallelism import make_parallelism
+from magnet_jax.parallelism import jit_eval_step, make_parallelism
 from magnet_jax.sharding import make_mesh, state_sharding
 from magnet_jax.table import table
-from magnet_jax.train_step import init_state, make_train_step
+from magnet_jax.train_step import configured_train_step, init_state
 from magnet_jax.trained import batch_shapes, prepare
 
 
@@ -80,16 +80,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
     shapes = jax.eval_shape(init)  # Nothing is ever whole on one device.
     shardings = state_sharding(shapes, mesh, config.sharding)
 
-    step_function = make_train_step(
-        network,
-        tx,
-        config.loss,
-        schedule,
-        accumulate=config.train.accumulate,
-        ema=config.train.ema,
-        axis_name=parallelism.axis_name,
-        batch_sharding=parallelism.batch_sharding,
-    )
+    where = {"axis_name": parallelism.axis_name, "batch_sharding": parallelism.batch_sharding}
+    step_function = configured_train_step(config, network, tx, schedule, **where)
     evaluator = Evaluator(jit_eval_step(network, shardings.variables, mesh), tokenizer, config, mesh)
     check_best_metric(config, evaluator.figure_names())
 

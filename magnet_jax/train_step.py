@@ -70,7 +70,7 @@ def make_train_step(
     axis_name: str | None = None,
     batch_sharding: NamedSharding | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The pure step `(state, batch) -> (state, metrics)`.
+    """The pure step `(state, batch) -> (state, metrics)`; `configured_train_step` is that of a whole configuration.
 
     Args: config: `config.loss`; schedule: adds its rate to the metrics; accumulate: parts that the batch is taken in one
     after another, with the result of the whole (but for BatchNorm, whose statistics are those of the parts); ema: decay
@@ -121,6 +121,18 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def configured_train_step(
+    config: ConfigDict,
+    network: Network,
+    tx: optax.GradientTransformation,
+    schedule: Callable[[Any], Any] | None = None,
+    **where: Any,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The train step of a whole configuration; `where`: `axis_name` or `batch_sharding` of `make_train_step`."""
+    options = {"accumulate": config.train.accumulate, "ema": config.train.ema}
+    return make_train_step(network, tx, config.loss, schedule, **options, **where)
 
 
 def _accumulate(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -106,8 +107,9 @@ def test_two_processes_equal_one_and_one_of_them_killed_stops_the_other(tmp_path
     assert not (tmp_path / "results.json").exists()
     out = run(tmp_path, 2, 2, *FLAGS)
     assert "going on from the checkpoint of step" in out[0]
-    # One process speaks, beside a library of XLA's.
-    assert [line for line in out[1].splitlines() if not line.startswith("[Gloo]")] == []
+    # One process speaks, beside a library of XLA's, whose threads break into each other's lines.
+    gloo = r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d+"
+    assert re.sub(gloo, "", out[1]).split() == []
     assert_equal(tmp_path, alone)
     panels = [sorted(path.name for path in folder.glob("panels/step_12/*")) for folder in (tmp_path, alone)]
     assert panels[0] == panels[1] != []

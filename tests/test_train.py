@@ -172,7 +172,7 @@ def test_seed_matters(tmp_path, finished_every_step):
 
 
 def test_divergence_names_step_term_and_last_good_checkpoint(tmp_path):
-    original = train_module.make_train_step
+    original = train_module.configured_train_step
 
     def make(*args, **options):
         step = original(*args, **options)
@@ -188,7 +188,7 @@ def test_divergence_names_step_term_and_last_good_checkpoint(tmp_path):
     config = tiny_config()
     config.train.eval_every = 0
     with (
-        mock.patch.object(train_module, "make_train_step", make),
+        mock.patch.object(train_module, "configured_train_step", make),
         pytest.raises(UserError, match=r"loss/dice not finite at step 6; last good checkpoint: step 4"),
     ):
         train(config, tmp_path)
