@@ -5,6 +5,7 @@ python main.py --mode=eval --workdir=DIR
 python main.py --mode=predict --workdir=DIR --image=FILE --text="the red ring" --output=out.png
 python main.py --mode=export --workdir=DIR --format=released --output=out.safetensors
 python main.py --mode=compile --config=configs/refcoco.py --topology=v5e:4x4,h100:8 [--output=report.json]
+python main.py --mode=benchmark --config=configs/refcoco.py --workdir=DIR [--step=train]
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from ml_collections import config_flags
 
 from magnet_jax.errors import config_error
 
-MODES = ("train", "eval", "predict", "export", "compile")
+MODES = ("train", "eval", "predict", "export", "compile", "benchmark")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, e.g. configs/shapes.py; needed to train."
 )
@@ -42,7 +43,14 @@ _TOPOLOGY = flags.DEFINE_list(
     [],
     "Hardware to compile for, which need not be here: v5e:4x4, v5p:8x8x16, v6e:2x4, h100:8, cpu:8.",
 )
-_STEP = flags.DEFINE_enum("step", "train", ("train", "eval"), "What to compile.")
+_STEP = flags.DEFINE_enum(
+    "step",
+    None,
+    ("train", "gradient", "eval"),
+    "What to compile (train where nothing is said) or to time (all three): eval is a forward pass, gradient forward and "
+    "backward of all losses, train both and the optimizer.",
+)
+_REPETITIONS = flags.DEFINE_integer("repetitions", 10, "How often benchmark runs each step.", lower_bound=1)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
@@ -96,6 +104,7 @@ def run(config) -> None:
         "predict": {"image": _IMAGE.value},
         "export": {"output": _OUTPUT.value},
         "compile": {"config": config, "topology": _TOPOLOGY.value},
+        "benchmark": {"config": config},
     }.get(_MODE.value, {})
     for name, value in needed.items():
         if not value:
@@ -106,7 +115,7 @@ def run(config) -> None:
         hardware.prepare(_TOPOLOGY.value)
         from magnet_jax.compile import compile_all
 
-        compile_all(config, _TOPOLOGY.value, _STEP.value, _OUTPUT.value)
+        compile_all(config, _TOPOLOGY.value, _STEP.value or "train", _OUTPUT.value)
         return
     config = load_config(_WORKDIR.value) if config is None else config
     several = _DISTRIBUTED.value or any(
@@ -145,6 +154,11 @@ def run_mode(config) -> None:
         from magnet_jax.export import export
 
         export(_WORKDIR.value, _OUTPUT.value, _FORMAT.value, config)
+    elif _MODE.value == "benchmark":
+        from magnet_jax.benchmark import benchmark
+        from magnet_jax.programs import STEPS
+
+        benchmark(config, _WORKDIR.value, (_STEP.value,) if _STEP.value else STEPS, _REPETITIONS.value)
     else:
         from magnet_jax.predict import predict
 

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import re
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from ml_collections import ConfigDict
 
-from input_pipeline import DataError, Tokenizer
 from magnet_jax import hardware
-from magnet_jax.errors import UserError
 from magnet_jax.hlo_text import cost
-from magnet_jax.network import build_network
-from magnet_jax.optim import make_optimizer
-from magnet_jax.parallelism import jit_eval_step, jit_train_step
-from magnet_jax.sharding import batch_parts, batch_sharding, make_mesh, state_sharding
-from magnet_jax.train_step import configured_train_step, init_state
-from magnet_jax.trained import batch_shapes, with_vocabulary
+from magnet_jax.programs import build_program, complete
+from magnet_jax.sharding import make_mesh
 from magnet_jax.workdir import write_json
-
-STEPS = ("train", "eval")
-_BERT_WORDS, _BERT_MASK = 30522, 103  # Of BERT-base-uncased.
 
 
 def compile_for(config: ConfigDict, topology: str, step: str = "train") -> dict[str, Any]:
@@ -35,50 +25,27 @@ def compile_for(config: ConfigDict, topology: str, step: str = "train") -> dict[
     Bytes are per device, `flops` those of matrix products and convolutions of one step of the whole batch. Raises UserError
     for a topology that cannot be compiled for, and for a batch or mesh that does not suit it.
     """
-    if step not in STEPS:
-        raise UserError(f"--step is '{step}'; expected one of {', '.join(STEPS)}")
     chip = hardware.CHIPS[hardware.parse(topology)[0]]
     devices = hardware.devices(topology)
     mesh = make_mesh(config.mesh, devices)
-    size = config.data.batch_size if step == "train" else config.eval.batch_size
-    parts = batch_parts(mesh) * (config.train.accumulate if step == "train" else 1)
-    if size % parts:
-        section = "data" if step == "train" else "eval"
-        raise UserError(f"config.{section}.batch_size is {size}; {topology} needs a multiple of {parts}")
-    config = config.copy_and_resolve_references()
-    config.data.batch_size, config.parallelism = size, "jit"
-    network, batch = build_network(config), batch_shapes(config)
-    tx, schedule = make_optimizer(config.optimizer, 1000)
-    if step == "eval":
-        tx = optax.identity()
-    init = functools.partial(init_state, network, tx, config.seed, batch, ema=bool(config.train.ema))
-    shapes = jax.eval_shape(init)
-    shardings = state_sharding(shapes, mesh, config.sharding)
-    if step == "train":
-        function = configured_train_step(config, network, tx, schedule, batch_sharding=batch_sharding(mesh))
-        jitted = jit_train_step(function, shardings, mesh)
-    else:
-        shapes, shardings = shapes.variables, shardings.variables
-        jitted = jit_eval_step(network, shardings, mesh)
+    program = build_program(config, mesh, step, topology)
     report = {
         "topology": topology,
         "devices": len(devices),
         "mesh": dict(mesh.shape),
         "sharding": [list(rule) for rule in config.sharding],
         "step": step,
-        "batch_size": size,
+        "batch_size": program.size,
         "dtype": config.model.dtype,
         "remat": list(config.model.remat),
-        "parameters": sum(
-            math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes if step == "eval" else shapes.params)
-        ),
-        "flops": count_flops(jax.make_jaxpr(jitted)(shapes, batch).jaxpr),
+        "parameters": program.parameters,
+        "flops": program.flops(),
         "jax": jax.__version__,
     }
-    lowered = jitted.lower(shapes, batch)
+    lowered = program.function.lower(program.state, program.batch)
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled, text = _compile(lowered, chip.platform)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -94,10 +61,22 @@ def compile_for(config: ConfigDict, topology: str, step: str = "train") -> dict[
             "compile_seconds": time.perf_counter() - start,
         }
     report["compile_seconds"] = time.perf_counter() - start
-    return report | _of_compiled(compiled, chip, report)
+    return report | _of_compiled(compiled, text, chip, report)
 
 
-def _of_compiled(compiled, chip: hardware.Chip, report: dict) -> dict[str, Any]:
+def _compile(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:
+    """The compiled program, and its text."""
+    if platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    # jaxlib cannot always read a TPU's program, which may hold operations that only libtpu knows: it has to print it.
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        (file,) = Path(folder).glob("*.after_codegen.txt")
+        return compiled, file.read_text()
+
+
+def _of_compiled(compiled, text: str, chip: hardware.Chip, report: dict) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     kinds = {
         "arguments": memory.argument_size_in_bytes,
@@ -106,7 +85,7 @@ def _of_compiled(compiled, chip: hardware.Chip, report: dict) -> dict[str, Any]:
         "code": memory.generated_code_size_in_bytes,
     }
     total = sum(kinds.values()) - memory.alias_size_in_bytes
-    found = cost(compiled.as_text())
+    found = cost(text)
     result = {
         "fits": not chip.memory or total <= chip.memory,
         "bytes": kinds
@@ -130,38 +109,6 @@ def _of_compiled(compiled, chip: hardware.Chip, report: dict) -> dict[str, Any]:
             "utilisation": report["flops"] / report["devices"] / seconds / chip.peak,
         }
     return result
-
-
-def count_flops(jaxpr) -> int:
-    """FLOPs of matrix products and convolutions of a program, bodies of scans as often as they run.
-
-    A product of [m, k] and [k, n] is 2 m k n. What is computed again for the backward pass (remat) counts again.
-    """
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[d] for d in contracted)
-        elif equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            out_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_features
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            total += times * count_flops(inner)
-    return total
-
-
-def complete(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
-    """A configuration whose vocabulary may not be here, with the size that BERT's has; and a line that says so."""
-    try:
-        return with_vocabulary(config, Tokenizer(config.data.vocab, config.data.max_words)), []
-    except DataError as error:
-        config = config.copy_and_resolve_references()
-        config.model.bert.vocab_size = config.model.bert.vocab_size or _BERT_WORDS
-        config.loss.mask_id = _BERT_MASK if config.loss.mask_id == -1 else config.loss.mask_id
-        return config, [f"note: {error}; compiled for {config.model.bert.vocab_size} words"]
 
 
 def line(report: dict[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """Memory of the host, where it is also the device."""
 
+import contextlib
 import ctypes
 import sys
+from pathlib import Path
 
 import jax
 
@@ -16,6 +18,17 @@ def compute_in_main_thread() -> None:
     other in that thread for ever.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def forget_peak() -> None:
+    """Makes the largest amount of memory that this process had count from now on; on Linux only."""
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def keep_freed_memory() -> None:

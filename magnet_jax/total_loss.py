@@ -145,7 +145,8 @@ def partial_loss(
     else:
         output, updates = forward(ids, dropout_key)
 
-    terms = segmentation_losses(output, batch, totals, config)
+    with jax.named_scope("losses"):
+        terms = segmentation_losses(output, batch, totals, config)
     if config.alignment:
         text_embedding = output.text_embedding
         if network.text_projection is not None:
@@ -155,7 +156,8 @@ def partial_loss(
                 text_mask,
                 output.mask_features.shape[-1],
             )
-        terms |= alignment_losses(output, text_embedding, batch, totals, config)
+        with jax.named_scope("losses"):
+            terms |= alignment_losses(output, text_embedding, batch, totals, config)
     if config.grounding:
         logits = network.grounding.apply(
             {"params": params["grounding"]},
@@ -168,7 +170,8 @@ def partial_loss(
             rngs={"dropout": head_key},
         )
         weight = batch["valid"].astype(jnp.float32)
-        words = losses.masked_words(logits, batch["labels"], weight, totals["words"])
+        with jax.named_scope("losses"):
+            words = losses.masked_words(logits, batch["labels"], weight, totals["words"])
         terms["grounding"] = config.grounding * words
     loss = sum(terms.values(), jnp.zeros(()))
     metrics = {"loss": loss} | {f"loss/{name}": term for name, term in terms.items()}

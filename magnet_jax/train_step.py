@@ -14,7 +14,15 @@ from ml_collections import ConfigDict
 
 from magnet_jax.models.layers import batch_split_by, examples_at
 from magnet_jax.network import Network
-from magnet_jax.total_loss import Batch, Metrics, hide_words, loss_totals, partial_loss, resize_logits
+from magnet_jax.total_loss import (
+    Batch,
+    Metrics,
+    hide_words,
+    loss_totals,
+    partial_loss,
+    resize_logits,
+    total_loss,
+)
 
 
 @flax.struct.dataclass
@@ -111,8 +119,9 @@ def make_train_step(
         if schedule is not None:
             metrics["learning_rate"] = schedule(state.step)
 
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         new = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
         if ema:
             new = new.replace(
@@ -156,6 +165,25 @@ def _accumulate(
 
     (sums, batch_stats), _ = jax.lax.scan(add, (zeros, batch_stats), (split_batch, split_positions))
     return *sums, batch_stats
+
+
+def make_gradient(
+    network: Network, config: ConfigDict, batch_sharding: NamedSharding | None = None
+) -> Callable[[Any, Batch], tuple[jax.Array, Any]]:
+    """The pure `(variables, batch) -> (loss, gradient)` of all losses, for measuring; `config` is `config.loss`.
+
+    batch_sharding: of the batch under `jax.jit`, which activations keep.
+    """
+
+    def gradient(variables: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        with batch_split_by(batch_sharding, len(batch["valid"])):
+            (loss, _), gradient = jax.value_and_grad(total_loss, argnums=1, has_aux=True)(
+                network, params, batch_stats, batch, step_key(0, 0), config
+            )
+        return loss, gradient
+
+    return gradient
 
 
 def make_eval_step(

@@ -1,0 +1,128 @@
+"""Where the time of a program goes: a profile of real runs, added up by the parts of the network."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+
+# An operation belongs to the first part whose expression is found in its name, which the modules are in that it comes from.
+PARTS = (
+    ("Mask Grounding", r"MaskGrounding"),
+    ("optimizer", r"[/(]optimizer[/)]"),
+    ("losses", r"[/(]losses[/)]|TextProjection|/lang_proj"),
+    ("deformable attention", r"/decoder/layer_\d+/attn"),
+    ("pixel decoder", r"/decoder/"),
+    ("mask predictor", r"/predictor/"),
+    ("fusion (CAM)", r"/(image|text)_(fusion|gate|norm)"),
+    ("BERT", r"/(embeddings|text)[/.]"),
+    ("Swin stage 1", r"/stage_0/"),
+    ("Swin stage 2", r"/stage_1/"),
+    ("Swin stage 3", r"/stage_2/"),
+    ("Swin stage 4", r"/stage_3/"),
+    ("Swin patches", r"/(patch_embed|merge_\d)"),
+)
+_OTHER = "other"
+# Operations that stand for others, which have events of their own.
+_CONTAINERS = ("while", "call", "conditional")
+_LINE = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = .*? ([a-z][a-z0-9\-]*)\(")
+_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
+
+Interval = tuple[float, float, str]  # Start, end, operation.
+
+
+def record(folder: str | Path, run: Callable[[], None]) -> Path:
+    """Profiles `run()` into a folder that TensorBoard and Perfetto read; returns the file with the events."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # It slows down what it watches.
+    before = set(Path(folder).rglob("*.xplane.pb"))
+    with jax.profiler.trace(str(folder), create_perfetto_trace=True, profiler_options=options):
+        run()
+    (file,) = set(Path(folder).rglob("*.xplane.pb")) - before
+    return file
+
+
+def seconds_by_part(file: str | Path, hlo_text: str) -> dict[str, dict[str, float]]:
+    """Seconds `{part: {"forward": s, "backward": s}}` of all runs of a program in a profile.
+
+    hlo_text: of the compiled program. Where operations run at the same time, each has its share of it, so that the sum is
+    the time in which any ran.
+    """
+    named = operation_names(hlo_text)
+    intervals = [interval for interval in _events(file) if interval[2] in named]
+    found: dict[str, dict[str, float]] = {}
+    for operation, seconds in shares(intervals).items():
+        name = named[operation]
+        part = next((part for part, pattern in PARTS if re.search(pattern, name)), _OTHER)
+        direction = "backward" if "transpose(" in name else "forward"
+        found.setdefault(part, {"forward": 0.0, "backward": 0.0})[direction] += seconds
+    order = [part for part, _ in PARTS] + [_OTHER]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
+
+
+def operation_names(hlo_text: str) -> dict[str, str]:
+    """The name in the network of every operation of a compiled program but those that only stand for others.
+
+    A fusion without one has the name that occurs in it most often.
+    """
+    names: dict[str, str] = {}
+    within: dict[str, Counter] = defaultdict(Counter)  # By computation.
+    nameless: dict[str, str] = {}
+    computation = ""
+    for line in hlo_text.splitlines():
+        if not line.startswith(" "):
+            head = _HEAD.match(line)
+            computation = head[1] if head else ""
+            continue
+        match = _LINE.match(line)
+        if not match or match[2] in _CONTAINERS:
+            continue
+        given = re.search(r'op_name="([^"]*)"', line)
+        names[match[1]] = given[1] if given else ""
+        if given:
+            within[computation][given[1]] += 1
+        elif called := re.search(r"calls=%?([\w.\-]+)", line):
+            nameless[match[1]] = called[1]
+    for operation, called in nameless.items():
+        if within[called]:
+            names[operation] = within[called].most_common(1)[0][0]
+    return names
+
+
+def shares(intervals: Iterable[Interval]) -> dict[str, float]:
+    """Seconds of each operation; time in which several run is divided among them."""
+    intervals = list(intervals)
+    edges = []
+    for number, (start, end, _) in enumerate(intervals):
+        edges += [(start, 1, number), (end, 0, number)]
+    totals: dict[str, float] = defaultdict(float)
+    running: set[int] = set()
+    last = 0.0
+    for time, starts, number in sorted(edges):
+        for other in running:
+            totals[intervals[other][2]] += (time - last) / len(running)
+        last = time
+        (running.add if starts else running.discard)(number)
+    return dict(totals)
+
+
+def _events(file: str | Path) -> Iterable[Interval]:
+    """Runs of operations in a profile."""
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        ends = {}  # Work that goes on in other threads ends with an event of its own, with the number of its start.
+        starts = []
+        for line in plane.lines:
+            for event in line.events:
+                stats = dict(event.stats)
+                if event.name.startswith("end: "):
+                    ends[stats.get("_c")] = event.start_ns
+                elif "hlo_op" in stats or line.name == "XLA Ops":  # The latter of a TPU.
+                    operation = str(stats.get("hlo_op", event.name)).split(" = ")[0].lstrip("%")
+                    starts.append((event.start_ns, event.end_ns, operation, stats.get("_p")))
+        for start, end, operation, number in starts:
+            if number is not None:
+                end = max(end, ends.get(number, end))
+            yield start / 1e9, end / 1e9, operation
