@@ -14,6 +14,7 @@ from magnet_jax.models.deformable import (
     DeformableAttention,
     fan_bias,
     reference_points,
+    sample,
 )
 from magnet_jax.sharding import make_mesh
 
@@ -37,7 +38,7 @@ def value_and_gradients(form):
 
     @jax.jit
     def both(*arrays):
-        result, pull = jax.vjp(lambda *a: FORMS[form](*a, LEVELS), *arrays)
+        result, pull = jax.vjp(lambda *a: sample(*a, LEVELS, form), *arrays)
         return result, pull(jnp.cos(jnp.arange(result.size, dtype=jnp.float32)).reshape(result.shape))
 
     return both
@@ -47,14 +48,14 @@ def sampled_by_loops(value, x, y, weights):
     value, x, y, weights = (np.asarray(a, np.float64) for a in (value, x, y, weights))
     out = np.zeros((*x.shape[:3], value.shape[-1]))
     starts = np.cumsum([0] + [h * w for h, w in LEVELS])
-    for b, h, q, sample in np.ndindex(*x.shape):
-        level = sample // POINTS
+    for b, h, q, number in np.ndindex(*x.shape):
+        level = number // POINTS
         height, width = LEVELS[level]
-        px, py = x[b, h, q, sample], y[b, h, q, sample]
+        px, py = x[b, h, q, number], y[b, h, q, number]
         for row in (int(np.floor(py)), int(np.floor(py)) + 1):
             for column in (int(np.floor(px)), int(np.floor(px)) + 1):
                 if 0 <= row < height and 0 <= column < width:
-                    share = (1 - abs(py - row)) * (1 - abs(px - column)) * weights[b, h, q, sample]
+                    share = (1 - abs(py - row)) * (1 - abs(px - column)) * weights[b, h, q, number]
                     out[b, h, q] += share * value[b, starts[level] + row * width + column, h]
     return out
 
@@ -63,7 +64,7 @@ def sampled_by_loops(value, x, y, weights):
 @pytest.mark.parametrize("spread", [0.0, 3.0])
 def test_sampling_equals_loops(form, spread):
     inputs = sampling_inputs(1, spread)
-    result = jax.jit(FORMS[form], static_argnums=4)(*inputs, LEVELS)
+    result = jax.jit(sample, static_argnums=(4, 5))(*inputs, LEVELS, form)
     np.testing.assert_allclose(result, sampled_by_loops(*inputs), atol=1e-5)
 
 
@@ -87,10 +88,11 @@ def test_every_form_has_the_gradients_of_gather(form):
         np.testing.assert_allclose(other, gather, atol=2e-5, err_msg=name)
 
 
-def test_rows_keep_nothing_for_the_backward_pass():
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "gather"])
+def test_nothing_is_kept_for_the_backward_pass(form):
     """What lies between forward and backward is the arguments."""
     arguments = sampling_inputs(8)
-    kept = jax.eval_shape(lambda *a: jax.vjp(lambda *a: FORMS["rows"](*a, LEVELS), *a)[1], *arguments)
+    kept = jax.eval_shape(lambda *a: jax.vjp(lambda *a: sample(*a, LEVELS, form), *a)[1], *arguments)
     assert sum(x.size for x in jax.tree.leaves(kept)) <= sum(x.size for x in arguments)
 
 
@@ -196,14 +198,19 @@ def test_attention_starts_uniform_with_the_fan():
         assert (np.asarray(params[name]["bias"]) == 0).all()
 
 
-def test_automatic_choice_depends_on_the_number_of_pixels():
-    module = DeformableAttention(heads=1, points=1)
+def operations(pixels, form, platform):
+    """How many of some operations the lowered program of a form has, forward and backward."""
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, pixels, 1, 2), *3 * [(1, 1, pixels, 1)])
+    ]
+    program = jax.jit(jax.grad(lambda *a: sample(*a, ((pixels, 1),), form).sum(), (0, 1, 2, 3)))
+    text = program.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
+    return tuple(text.count(f"stablehlo.{name}") for name in ("gather", "scatter", "dot_general", "while"))
 
-    def uses_rows(pixels):
-        levels = ((pixels, 1),)
-        x = jax.ShapeDtypeStruct((1, pixels, 2), jnp.float32)
-        jaxpr = jax.make_jaxpr(lambda x: module.init_with_output(jax.random.key(0), x, x, levels)[0])(x)
-        return "scan" in str(jaxpr)
 
-    assert not uses_rows(DENSE_PIXELS)
-    assert uses_rows(DENSE_PIXELS + 1)
+@pytest.mark.parametrize(("platform", "large"), [("cpu", "points"), ("tpu", "rows"), ("cuda", "rows")])
+def test_automatic_choice_depends_on_pixels_and_platform(platform, large):
+    counts = {form: operations(DENSE_PIXELS + 1, form, platform) for form in FORMS}
+    assert len(set(counts.values())) == len(FORMS)  # So that the count tells which it is.
+    assert operations(DENSE_PIXELS, "auto", platform) == counts["points" if platform == "cpu" else "dense"]
+    assert operations(DENSE_PIXELS + 1, "auto", platform) == counts[large]

@@ -14,7 +14,7 @@ import numpy as np
 
 from magnet_jax.models.layers import Dense, xavier_uniform, zeros
 
-# Up to this many pixels in all levels together, sampling is a matrix product when the form is chosen automatically.
+# Up to this many pixels in all levels together, sampling is a matrix product on accelerators.
 DENSE_PIXELS = 2048
 
 # Shapes of this file: value [B, S, heads, D], S pixels of all levels, level after level, row by row; x, y in pixels of
@@ -72,14 +72,7 @@ def _hat_matrices(x: jax.Array, y: jax.Array, weights: jax.Array, levels: Levels
     return matrices
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def sample_dense(
-    value: jax.Array, x: jax.Array, y: jax.Array, weights: jax.Array, levels: Levels
-) -> jax.Array:
-    """The same as `sample_gather`, as products of [Q, H * W] matrices of hat-function weights with the values.
-
-    Forward and backward hold such matrices for every head; for maps of few pixels that is much faster than gathering.
-    """
+def _dense_forward(value, x, y, weights, levels):
     out, start = 0, 0
     for matrix in _hat_matrices(x, y, weights, levels):
         stop = start + matrix.shape[-1]
@@ -88,11 +81,7 @@ def sample_dense(
     return out
 
 
-def _sample_dense_forward(value, x, y, weights, levels):
-    return sample_dense(value, x, y, weights, levels), (value, x, y, weights)
-
-
-def _sample_dense_backward(levels, residuals, gradient):
+def _dense_backward(levels, residuals, gradient):
     value, x, y, weights = residuals
     value_gradient = [
         jnp.einsum("bhqn,bhqd->bnhd", matrix.astype(value.dtype), gradient)
@@ -111,9 +100,6 @@ def _sample_dense_backward(levels, residuals, gradient):
     x_gradient = weights * ((1 - down) * (g01 - g00) + down * (g11 - g10))
     y_gradient = weights * (lower - upper)
     return jnp.concatenate(value_gradient, 1), x_gradient, y_gradient, upper + down * (lower - upper)
-
-
-sample_dense.defvjp(_sample_dense_forward, _sample_dense_backward)
 
 
 def _neighbourhoods(value: jax.Array, levels: Levels) -> jax.Array:
@@ -171,14 +157,7 @@ def _scan_points(step, carry, x, y, weights, levels: Levels):
     return jax.lax.scan(lambda c, point: step(c, _Point.at(*point)), carry, (*arrays, *constants))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def sample_rows(
-    value: jax.Array, x: jax.Array, y: jax.Array, weights: jax.Array, levels: Levels
-) -> jax.Array:
-    """The same as `sample_gather`, point by point, each of which reads a row with all four neighbours.
-
-    The backward pass reads the rows again instead of keeping them. Sums are float32.
-    """
+def _rows_forward(value, x, y, weights, levels):
     table, channels = _neighbourhoods(value, levels), value.shape[-1]
 
     def add(total, point):
@@ -195,11 +174,7 @@ def _read(table: jax.Array, rows: jax.Array) -> jax.Array:
     return read(table, rows)
 
 
-def _sample_rows_forward(value, x, y, weights, levels):
-    return sample_rows(value, x, y, weights, levels), (value, x, y, weights)
-
-
-def _sample_rows_backward(levels, residuals, gradient):
+def _rows_backward(levels, residuals, gradient):
     value, x, y, weights = residuals
     channels = value.shape[-1]
     table, spread = jax.vjp(lambda value: _neighbourhoods(value, levels), value.astype(jnp.float32))
@@ -210,27 +185,173 @@ def _sample_rows_backward(levels, residuals, gradient):
 
     def add(total, point):
         total = scatter(total, point.row, point.shares(channels) * gradient)
-        # What every corner would add if it counted fully.
-        g00, g01, g10, g11 = jnp.einsum(
+        corners = jnp.einsum(
             "bhqc,ck->kbhq",
             gradient * _read(table, point.row),
             by_corner,
             precision=jax.lax.Precision.HIGHEST,
         )
-        upper, lower = g00 + point.right * (g01 - g00), g10 + point.right * (g11 - g10)
-        x_gradient = point.weight * ((1 - point.down) * (g01 - g00) + point.down * (g11 - g10))
-        weight_gradient = jnp.where(point.inside, upper + point.down * (lower - upper), 0)
-        return total, (x_gradient, point.weight * (lower - upper), weight_gradient)
+        return total, _slopes(point, *corners)
 
     total, gradients = _scan_points(add, jnp.zeros(table.shape, jnp.float32), x, y, weights, levels)
     x_gradient, y_gradient, weight_gradient = (jnp.moveaxis(g, 0, -1) for g in gradients)
     return spread(total)[0].astype(value.dtype), x_gradient, y_gradient, weight_gradient
 
 
-sample_rows.defvjp(_sample_rows_forward, _sample_rows_backward)
+# ------------------------------------------------------------------------------- a point at a time, by separate corners
 
 
-FORMS = {"gather": sample_gather, "dense": sample_dense, "rows": sample_rows}
+@dataclasses.dataclass(frozen=True)
+class _Corners:
+    """The samples of all queries, point by point: `[L * P, B, Q, heads]`."""
+
+    row: jax.Array  # int32: of the upper left neighbour, in `_padded`.
+    right: jax.Array  # How far the point is to the right of its left neighbours, 0 to 1,
+    down: jax.Array  # and below its upper ones.
+    weight: jax.Array  # Zero where none of the neighbours is in the map.
+    inside: jax.Array  # Whether one is.
+    line: jax.Array  # [L * P] int32: rows from a pixel to the one below.
+
+    @classmethod
+    def of(cls, x, y, weights, levels: Levels) -> _Corners:
+        points, heads = x.shape[-1] // len(levels), x.shape[1]
+        height, width = (np.repeat([level[axis] for level in levels], points) for axis in (0, 1))
+        start = np.repeat(np.cumsum([0] + [(h + 2) * (w + 2) for h, w in levels])[:-1], points)
+        left, top = jnp.floor(x), jnp.floor(y)
+        inside = (left >= -1) & (left < width) & (top >= -1) & (top < height)
+        column = jnp.clip(left, -1, width - 1).astype(jnp.int32) + 1
+        row = jnp.clip(top, -1, height - 1).astype(jnp.int32) + 1
+        row = (start + row * (width + 2) + column) * heads + np.arange(heads)[:, None, None]
+        arrays = (row, x - left, y - top, jnp.where(inside, weights, 0), inside)
+        return cls(*(a.transpose(3, 0, 2, 1) for a in arrays), jnp.asarray((width + 2) * heads, jnp.int32))
+
+    def neighbours(self, heads: int) -> tuple[jax.Array, ...]:
+        """Rows of the four neighbours."""
+        below = self.row + self.line
+        return self.row, self.row + heads, below, below + heads
+
+    def shares(self) -> tuple[jax.Array, ...]:
+        """What each of them counts."""
+        upper, lower = (1 - self.down) * self.weight, self.down * self.weight
+        return upper * (1 - self.right), upper * self.right, lower * (1 - self.right), lower * self.right
+
+
+jax.tree_util.register_dataclass(_Corners)
+
+
+def _padded(value: jax.Array, levels: Levels) -> jax.Array:
+    """All levels within a frame of zeros, pixel by pixel, head by head: `[B, sum((H + 2) * (W + 2)) * heads, D]`."""
+    tables, start = [], 0
+    for height, width in levels:
+        level = value[:, start : start + height * width].reshape(len(value), height, width, *value.shape[2:])
+        level = jnp.pad(level, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
+        tables.append(level.reshape(len(value), -1, value.shape[-1]))
+        start += height * width
+    return jnp.concatenate(tables, 1)
+
+
+# Rows [B, N] of tables [B, S, C], which are all there.
+_take = jax.vmap(lambda table, rows: table.at[rows].get(mode="promise_in_bounds"))
+_put = jax.vmap(lambda table, rows, add: table.at[rows].add(add, mode="promise_in_bounds"))
+
+
+def _points_forward(value, x, y, weights, levels):
+    heads, table = value.shape[2], _padded(value, levels)
+
+    def add(total, point):
+        for rows, share in zip(point.neighbours(heads), point.shares(), strict=True):
+            total += share[..., None] * _take(table, rows)
+        return total, None
+
+    corners = _Corners.of(x, y, weights, levels)
+    total = jnp.zeros((*corners.row.shape[1:], value.shape[-1]), jnp.float32)
+    return jax.lax.scan(add, total, corners)[0].astype(value.dtype).swapaxes(1, 2)
+
+
+def _points_backward(levels, residuals, gradient):
+    value, x, y, weights = residuals
+    batch, _, heads, channels = value.shape
+    table, spread = jax.vjp(lambda value: _padded(value, levels), value.astype(jnp.float32))
+    table = table.astype(value.dtype)
+    gradient = gradient.swapaxes(1, 2).astype(jnp.float32)
+
+    def add(total, point):
+        corners = []
+        for rows, share in zip(point.neighbours(heads), point.shares(), strict=True):
+            part = (share[..., None] * gradient).reshape(batch, -1, channels)
+            total = _put(total, rows.reshape(batch, -1), part)
+            corners.append((_take(table, rows) * gradient).sum(-1))
+        return total, _slopes(point, *corners)
+
+    corners = _Corners.of(x, y, weights, levels)
+    total, gradients = jax.lax.scan(add, jnp.zeros(table.shape, jnp.float32), corners)
+    return spread(total)[0].astype(value.dtype), *(g.transpose(1, 3, 2, 0) for g in gradients)
+
+
+def _slopes(point, g00, g01, g10, g11):
+    """Gradients by x, y and weight of samples, from what every corner would add if it counted fully."""
+    upper, lower = g00 + point.right * (g01 - g00), g10 + point.right * (g11 - g10)
+    x_gradient = point.weight * ((1 - point.down) * (g01 - g00) + point.down * (g11 - g10))
+    weight_gradient = jnp.where(point.inside, upper + point.down * (lower - upper), 0)
+    return x_gradient, point.weight * (lower - upper), weight_gradient
+
+
+# ------------------------------------------------------------------------------------------------------ choosing a form
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _sample(value, x, y, weights, levels: Levels, form: str):
+    return _by_platform(0, form, levels)(value, x, y, weights)
+
+
+def _sample_forward(value, x, y, weights, levels, form):
+    return _sample(value, x, y, weights, levels, form), (value, x, y, weights)
+
+
+def _sample_backward(levels, form, residuals, gradient):
+    return _by_platform(1, form, levels)(residuals, gradient)
+
+
+_sample.defvjp(_sample_forward, _sample_backward)
+# Forward (value, x, y, weights, levels), backward (levels, (value, x, y, weights), gradient); nothing else is kept.
+_FORMS = {
+    "dense": (_dense_forward, _dense_backward),
+    "rows": (_rows_forward, _rows_backward),
+    "points": (_points_forward, _points_backward),
+}
+
+
+def _by_platform(direction: int, form: str, levels: Levels):
+    def of(name):
+        function = _FORMS[name][direction]
+        if direction:
+            return functools.partial(function, levels)
+        return lambda *arrays: function(*arrays, levels)
+
+    if form != "auto":
+        return of(form)
+    few = sum(height * width for height, width in levels) <= DENSE_PIXELS
+    elsewhere = of("dense" if few else "rows")
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, cpu=of("points"), default=elsewhere)
+
+
+FORMS = ("gather", *_FORMS)
+
+
+def sample(
+    value: jax.Array, x: jax.Array, y: jax.Array, weights: jax.Array, levels: Levels, form: str = "auto"
+) -> jax.Array:
+    """Weighted sums of bilinear samples `[B, heads, Q, D]`; value `[B, S, heads, D]`, the rest `[B, heads, Q, L * P]`.
+
+    S pixels of all levels (H, W), level after level, row by row; x, y in pixels of their own level, 0 the centre of its
+    first one, any value: what lies outside the map is zero. All forms give the same values and gradients: 'gather' the four
+    corners of every point at once (the reference); 'dense', products of [Q, S] matrices of hat-function weights with the
+    values, for few pixels; 'points', a point at a time, corner by corner, for CPUs; 'rows', a point at a time, which reads
+    one long row with all four corners; 'auto' chooses by the number of pixels and by the platform that is compiled for.
+    """
+    if form == "gather":
+        return sample_gather(value, x, y, weights, levels)
+    return _sample(value, x, y, weights, levels, form)
 
 
 def reference_points(shapes: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -257,7 +378,7 @@ class DeformableAttention(nn.Module):
     """Multi-scale deformable attention of all pixels of a pyramid on all its levels.
 
     query and source `[B, sum(H * W), C]`, shapes: (H, W) of every level -> `[B, sum(H * W), C]`.
-    `sampling` is one of `FORMS` or 'auto' (dense for small pyramids, else rows); all give the same values.
+    `sampling` is one of `FORMS` or 'auto', see `sample`.
     Source: Deformable DETR (arXiv 2010.04159); spec section 3.
     """
 
@@ -294,7 +415,6 @@ class DeformableAttention(nn.Module):
         centre = reference_points(shapes)
         x = offsets[0] + (centre[:, :1] * width - 0.5)
         y = offsets[1] + (centre[:, 1:] * height - 0.5)
-        form = self.sampling if self.sampling != "auto" else "dense" if queries <= DENSE_PIXELS else "rows"
-        out = FORMS[form](value, x, y, weights, tuple(map(tuple, shapes)))
+        out = sample(value, x, y, weights, tuple(map(tuple, shapes)), self.sampling)
         out = out.transpose(0, 2, 1, 3).reshape(batch, queries, channels)
         return dense(channels, "output", kernel_init=xavier_uniform)(out)
