@@ -117,8 +117,7 @@ def _add_collective(total: Cost, operation: str, result: str, rest: str) -> None
     if channel:
         total.channels.add(channel[1])
     kind = operation.removesuffix("-start")
-    # What is started is a pair of operand and result; either way the last shape is the result.
-    size = _last_size(result) if operation.endswith("-start") and result.startswith("(") else _size(result)
+    size = _size(_started(kind, result) if operation.endswith("-start") else result)
     members = _members(rest)
     total.counts[kind] += 1
     total.sizes[kind] += size
@@ -141,9 +140,18 @@ def _size(shape: str) -> int:
     )
 
 
-def _last_size(shape: str) -> int:
-    kind, sizes = _SHAPE.findall(shape)[-1]
-    return _size(f"{kind}[{sizes}]")
+def _started(kind: str, shape: str) -> str:
+    """Shapes of the results of a collective that is started, which gives (operands, results, ...); a sum results alone."""
+    if kind == "all-reduce" or not shape.startswith("("):
+        return shape
+    depth, parts = 0, [""]
+    for character in shape[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts[1]
 
 
 def _trips(rest: str, condition: list[str]) -> int:

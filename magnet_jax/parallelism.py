@@ -43,10 +43,12 @@ def jit_eval_step(network: Network, shardings: Any, mesh: Mesh) -> Callable:
 class Jit:
     """One program over a mesh: parameters lie where `shardings` says, batches are split over 'data' and 'fsdp'."""
 
-    axis_name = None
-
     def __init__(self, mesh: Mesh):
         self.mesh, self.batch_sharding = mesh, batch_sharding(mesh)
+
+    def within_step(self, shardings: TrainState) -> dict[str, Any]:
+        """What `make_train_step` has to know of where arrays lie."""
+        return {"batch_sharding": self.batch_sharding, "param_sharding": shardings.params}
 
     def compile(
         self, step: Step, shapes: TrainState, shardings: TrainState, batch: Mapping[str, Any]
@@ -77,9 +79,6 @@ class Pmap:
     Raises UserError for a mesh or a placement that is more than that.
     """
 
-    axis_name = PMAP_AXIS
-    batch_sharding = None  # What a step sees is one device's share.
-
     def __init__(self, mesh: Mesh, config: ConfigDict):
         tactics = {tactic for _, tactic in config.sharding}
         if tactics != {"replicate"} or math.prod(mesh.shape.values()) != mesh.shape.get("data"):
@@ -88,6 +87,11 @@ class Pmap:
                 "(('.*', 'replicate'),); take 'jit' for anything else"
             )
         self.mesh = mesh
+
+    def within_step(self, shardings: TrainState) -> dict[str, Any]:
+        """What `make_train_step` has to know of where arrays lie: what it sees is one device's share."""
+        del shardings
+        return {"axis_name": PMAP_AXIS}
 
     def compile(
         self, step: Step, shapes: TrainState, shardings: TrainState, batch: Mapping[str, Any]

@@ -75,7 +75,8 @@ def build_program(config: ConfigDict, mesh: Mesh, step: str, where: str = "this 
     state = jax.eval_shape(init)
     shardings = state_sharding(state, mesh, config.sharding)
     if step == "train":
-        train_step = configured_train_step(config, network, tx, schedule, batch_sharding=batch_sharding(mesh))
+        where = {"batch_sharding": batch_sharding(mesh), "param_sharding": shardings.params}
+        train_step = configured_train_step(config, network, tx, schedule, **where)
         function = jit_train_step(train_step, shardings, mesh)
     elif step == "gradient":
         function = jax.jit(

@@ -77,8 +77,7 @@ def run(name, form, remat=()):
         tx,
         config.loss,
         accumulate=accumulate,
-        axis_name=ways.axis_name,
-        batch_sharding=ways.batch_sharding,
+        **ways.within_step(shardings),
     )
     template = {key: jax.ShapeDtypeStruct(value.shape, value.dtype) for key, value in batches[0].items()}
     compiled = ways.compile(step, shapes, shardings, template)

@@ -40,6 +40,8 @@ ENTRY %main (p: f32[16]) -> f32[16] {
   %reduce-scatter.1 = f32[2]{0} reduce-scatter(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
   %start = (f32[4]{0}, f32[8]{0}) all-gather-start(%q), replica_groups=[4,2]<=[8]
   %done = f32[8]{0} all-gather-done(%start)
+  %some = ((f32[4]{0:T(8)(2,1)}, f32[2,3]), (f32[8]{0:T(8)(2,1)}, f32[4,3])) all-gather-start(%q), replica_groups=[4,2]<=[8]
+  %sums = (f32[4]{0}, f32[8]{0}) all-reduce-start(%q, %r), replica_groups=[4,2]<=[8], to_apply=%add
   ROOT %out = f32[16]{0} add(%all-reduce.1, %p)
 }
 """
@@ -49,9 +51,9 @@ def test_text_written_by_hand():
     found = cost(TEXT)
     assert found.cycles == 11 + 7 * 100
     assert (found.silent, found.silent_bytes) == (7, 7 * (16 + 32 + 32))
-    assert dict(found.counts) == {"all-gather": 7 + 1, "all-reduce": 1, "reduce-scatter": 1}
-    assert dict(found.sizes) == {"all-gather": 7 * 128 + 32, "all-reduce": 64, "reduce-scatter": 8}
-    assert found.wire == 7 * 128 * 3 / 4 + 32 / 2 + 2 * 64 / 2 + 8 * 7
+    assert dict(found.counts) == {"all-gather": 7 + 2, "all-reduce": 2, "reduce-scatter": 1}
+    assert dict(found.sizes) == {"all-gather": 7 * 128 + 32 + 80, "all-reduce": 64 + 48, "reduce-scatter": 8}
+    assert found.wire == 7 * 128 * 3 / 4 + (32 + 80) / 2 + 2 * (64 + 48) / 2 + 8 * 7
 
 
 def test_an_all_reduce_of_known_size():
