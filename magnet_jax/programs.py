@@ -135,4 +135,4 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
         config = config.copy_and_resolve_references()
         config.model.bert.vocab_size = config.model.bert.vocab_size or _BERT_WORDS
         config.loss.mask_id = _BERT_MASK if config.loss.mask_id == -1 else config.loss.mask_id
-        return config, [f"note: {error}; compiled for {config.model.bert.vocab_size} words"]
+        return config, [f"note: {error}; taken to have {config.model.bert.vocab_size} words"]

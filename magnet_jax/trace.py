@@ -56,21 +56,26 @@ def seconds_by_part(file: str | Path, hlo_text: str) -> dict[str, dict[str, floa
     found: dict[str, dict[str, float]] = {}
     for operation, seconds in shares(intervals).items():
         name = named[operation]
-        part = next((part for part, pattern in PARTS if re.search(pattern, name)), _OTHER)
+        part = part_of(name)
         direction = "backward" if "transpose(" in name else "forward"
         found.setdefault(part, {"forward": 0.0, "backward": 0.0})[direction] += seconds
     order = [part for part, _ in PARTS] + [_OTHER]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
 
 
+def part_of(name: str) -> str:
+    """The part that an operation of that name belongs to."""
+    return next((part for part, pattern in PARTS if re.search(pattern, name)), _OTHER)
+
+
 def operation_names(hlo_text: str) -> dict[str, str]:
     """The name in the network of every operation of a compiled program but those that only stand for others.
 
-    A fusion without one has the name that occurs in it most often.
+    A fusion whose own name belongs to no part has the commonest name within it that does.
     """
     names: dict[str, str] = {}
     within: dict[str, Counter] = defaultdict(Counter)  # By computation.
-    nameless: dict[str, str] = {}
+    fusions: dict[str, str] = {}
     computation = ""
     for line in hlo_text.splitlines():
         if not line.startswith(" "):
@@ -82,13 +87,12 @@ def operation_names(hlo_text: str) -> dict[str, str]:
             continue
         given = re.search(r'op_name="([^"]*)"', line)
         names[match[1]] = given[1] if given else ""
-        if given:
-            within[computation][given[1]] += 1
-        elif called := re.search(r"calls=%?([\w.\-]+)", line):
-            nameless[match[1]] = called[1]
-    for operation, called in nameless.items():
-        if within[called]:
-            names[operation] = within[called].most_common(1)[0][0]
+        within[computation][names[match[1]]] += 1
+        if called := re.search(r"calls=%?([\w.\-]+)", line):
+            fusions[match[1]] = called[1]
+    for operation, called in fusions.items():
+        candidates = [names[operation], *(name for name, _ in within[called].most_common())]
+        names[operation] = next((name for name in candidates if part_of(name) != _OTHER), names[operation])
     return names
 
 

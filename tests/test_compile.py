@@ -4,21 +4,19 @@ import json
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from magnet_jax import compile as module
-from magnet_jax import hardware
-from magnet_jax.compile import HEADER, compile_all, compile_for, complete, count_flops, line
+from magnet_jax import hardware, programs
+from magnet_jax.compile import HEADER, compile_all, compile_for, line
 from magnet_jax.errors import UserError
 from magnet_jax.network import Network
+from magnet_jax.programs import complete
 from tests.tiny import TinyModel, tiny_config
 
 
 @pytest.fixture(autouse=True)
 def _tiny():
-    with mock.patch.object(module, "build_network", return_value=Network(TinyModel())):
+    with mock.patch.object(programs, "build_network", return_value=Network(TinyModel())):
         yield
 
 
@@ -68,27 +66,6 @@ def test_what_does_not_fit_is_no_crash():
     assert line(report).split()[4:8] == ["NO", "24.5", "of", "15.8"]
 
 
-def test_flops_of_products_convolutions_and_loops():
-    def flops(function, *arrays):
-        return count_flops(jax.make_jaxpr(function)(*arrays).jaxpr)
-
-    a, b = np.ones((3, 5, 7), np.float32), np.ones((3, 7, 11), np.float32)
-    assert flops(jnp.matmul, a, b) == 2 * 3 * 5 * 7 * 11
-    image, kernel = np.ones((2, 16, 12, 3), np.float32), np.ones((3, 3, 3, 8), np.float32)
-
-    def convolve(x, k):
-        return jax.lax.conv_general_dilated(x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    assert flops(convolve, image, kernel) == 2 * (2 * 8 * 6 * 8) * (3 * 3 * 3)
-    square = np.ones((4, 4), np.float32)
-    assert (
-        flops(lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=9)[0], square)
-        == 9 * 2 * 4**3
-    )
-    again = jax.checkpoint(lambda x: jnp.sin(x @ x))
-    assert flops(jax.jit(lambda x: again(x) + x @ x), square) == 2 * 2 * 4**3
-
-
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2xa", "h100:2x2", "cpu:0", "v5e:"])
 def test_topologies_that_are_none(name):
     with pytest.raises(UserError, match=r"--topology has '.*'; expected a chip of v5e, v5p, v6e, h100, cpu"):
@@ -114,14 +91,3 @@ def test_what_does_not_suit_the_topology_is_refused():
         compile_for(ready(), "cpu:2", "serve")
     with pytest.raises(UserError, match="does not fit the 2 devices"):
         compile_for(ready(mesh=(("data", 3),)), "cpu:2")
-
-
-def test_a_vocabulary_that_is_not_here_is_said():
-    config = tiny_config()
-    config.data.vocab = "nowhere"
-    found, notes = complete(config)
-    assert found.model.bert.vocab_size == 30522
-    assert found.loss.mask_id == 103
-    assert notes == [notes[0]]
-    assert "nowhere: no such vocabulary" in notes[0]
-    assert notes[0].endswith("compiled for 30522 words")
