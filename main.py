@@ -142,6 +142,11 @@ def run(config) -> None:
 
 def run_mode(config) -> None:
     """Runs a mode that needs devices."""
+    from magnet_jax.compile_cache import keep_compiled
+    from magnet_jax.workdir import is_run
+
+    if _MODE.value == "benchmark" or is_run(_WORKDIR.value):
+        keep_compiled(_WORKDIR.value)
     if _MODE.value == "train":
         from magnet_jax.train import train
 

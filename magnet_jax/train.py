@@ -20,6 +20,7 @@ from input_pipeline import Augmentation, Loader
 from magnet_jax import visualize
 from magnet_jax import workdir as run_files
 from magnet_jax.checkpoint import Checkpointer
+from magnet_jax.compile_cache import keep_compiled
 from magnet_jax.errors import UserError
 from magnet_jax.evaluate import Evaluator, check_batch_size, csv_path
 from magnet_jax.initial import fill, load_initial
@@ -94,6 +95,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         run_files.save_config(workdir, config)
     wait_for_all("made a run")
     run_files.wait_for_run(workdir)
+    keep_compiled(workdir)
 
     checkpointer = Checkpointer(workdir, config.checkpoint.keep)
     start_step = checkpointer.latest_step() or 0

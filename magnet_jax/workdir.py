@@ -1,6 +1,7 @@
 """The run directory: configuration, history, results; each file is whole or absent.
 
-config.json  tokenizer/  checkpoints/  metrics.jsonl  results.json  expressions/  curves.png  panels/  events.out.tfevents.*
+config.json  tokenizer/  checkpoints/  compiled/  metrics.jsonl  results.json  expressions/  curves.png  panels/
+events.out.tfevents.*
 """
 
 import contextlib
