@@ -163,8 +163,8 @@ def instance_norm(x: jax.Array, mask: jax.Array | None = None, epsilon: float = 
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact (erf) form."""
-    return jax.nn.gelu(x, approximate=False)
+    """The exact form, by erf: by erfc, as jax.nn's, it takes twice the time on a CPU."""
+    return 0.5 * x * (1 + jax.lax.erf(x * np.float32(0.5**0.5).astype(x.dtype)))
 
 
 REMAT_PARTS = ("stage_1", "stage_2", "stage_3", "stage_4", "text", "decoder")
