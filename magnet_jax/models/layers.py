@@ -93,10 +93,15 @@ class Dense(nn.Module):
     bias_init: nn.initializers.Initializer = zeros
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, add_bias: bool = True):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
-        return _linear(x.astype(self.dtype), kernel, bias)
+        x = x.astype(self.dtype)
+        return _linear(x, kernel, bias) if add_bias else (_linear(x, kernel, None), bias)
+
+    def without_bias(self, x) -> tuple[jax.Array, jax.Array]:
+        """The product alone, and the bias `[features]` in float32, to be added later."""
+        return self(x, add_bias=False)
 
 
 def fan_in_dense(features: int, fan_in: int, *, dtype: Any, name: str | None = None) -> Dense:
@@ -255,11 +260,19 @@ def attend(query, key, value, *, scale: float, bias=None) -> jax.Array:
 
     query [..., Q, H, D], key and value [..., K, H, D], bias broadcastable to [..., H, Q, K] -> [..., Q, H, D].
     """
-    logits = jnp.einsum("...qhd,...khd->...hqk", query * scale, key, preferred_element_type=jnp.float32)
+    by_head = (jnp.swapaxes(x, -3, -2) for x in (query, key, value))
+    return jnp.swapaxes(attend_by_head(*by_head, scale=scale, bias=bias), -3, -2)
+
+
+def attend_by_head(query, key, value, *, scale: float, bias=None) -> jax.Array:
+    """As `attend`, of query [..., H, Q, D], key and value [..., H, K, D] -> [..., H, Q, D].
+
+    In this order, a CPU computes products, bias and softmax as one operation.
+    """
+    logits = jnp.matmul(query * scale, jnp.swapaxes(key, -1, -2), preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("...hqk,...khd->...qhd", weights, value)
+    return jnp.matmul(jax.nn.softmax(logits, axis=-1).astype(value.dtype), value)
 
 
 @functools.cache

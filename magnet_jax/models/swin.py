@@ -15,7 +15,7 @@ from magnet_jax.models.layers import (
     DropPath,
     LayerNorm,
     Remat,
-    attend,
+    attend_by_head,
     gelu,
     sine_position,
     truncated_normal,
@@ -57,30 +57,32 @@ class WindowAttention(nn.Module):
         batch, height, width, channels = x.shape
         window, shift = self.window, self.window // 2
         padded_height, padded_width = -(-height // window) * window, -(-width // window) * window
-        x = jnp.pad(x, ((0, 0), (0, padded_height - height), (0, padded_width - width), (0, 0)))
-        if self.shifted:
-            x = jnp.roll(x, (-shift, -shift), (1, 2))
-        x = x.reshape(batch, padded_height // window, window, padded_width // window, window, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(
-            batch, -1, window * window, channels
-        )  # [B, windows, pixels, C]
+        rows, columns = padded_height // window, padded_width // window
 
-        qkv = Dense(3 * channels, kernel_init=truncated_normal, dtype=self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, channels // self.heads)
+        # The padding is of zeros, for which the product need not be computed: only the bias is added to it.
+        dense = Dense(3 * channels, kernel_init=truncated_normal, dtype=self.dtype, name="qkv")
+        qkv, qkv_bias = dense.without_bias(x)
+        qkv = jnp.pad(qkv, ((0, 0), (0, padded_height - height), (0, padded_width - width), (0, 0)))
+        if self.shifted:
+            qkv = jnp.roll(qkv, (-shift, -shift), (1, 2))
+        qkv = qkv.reshape(batch, rows, window, columns, window, 3, self.heads, channels // self.heads)
+        qkv = qkv.transpose(5, 0, 1, 3, 6, 2, 4, 7).reshape(
+            3, batch, rows * columns, self.heads, window * window, channels // self.heads
+        )
+        qkv = (qkv + qkv_bias.reshape(3, 1, 1, self.heads, 1, -1)).astype(self.dtype)
+
         table = self.param("relative_position_bias", truncated_normal, ((2 * window - 1) ** 2, self.heads))
         bias = table[relative_position_index(window)].transpose(2, 0, 1)  # [heads, pixels, pixels]
         if self.shifted:
             bias = bias + shift_mask(padded_height, padded_width, window)[:, None]
-        scale = (channels // self.heads) ** -0.5
-        x = attend(qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :], scale=scale, bias=bias)
-        x = x.reshape(batch, -1, window * window, channels)
-        x = Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="proj")(x)
+        x = attend_by_head(*qkv, scale=(channels // self.heads) ** -0.5, bias=bias)
 
-        x = x.reshape(batch, padded_height // window, padded_width // window, window, window, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, padded_height, padded_width, channels)
+        x = x.reshape(batch, rows, columns, self.heads, window, window, -1).transpose(0, 1, 4, 2, 5, 3, 6)
+        x = x.reshape(batch, padded_height, padded_width, channels)
         if self.shifted:
             x = jnp.roll(x, (shift, shift), (1, 2))
-        return x[:, :height, :width]
+        x = x[:, :height, :width]
+        return Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="proj")(x)
 
 
 class SwinBlock(nn.Module):
