@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from configs import debug
+from magnet_jax.models import alignment
 from magnet_jax.models.alignment import Gate, ImageAlignment, LanguageAlignment, PixelWordAttention
-from magnet_jax.models.layers import adaptive_average_pool, gelu, instance_norm, resize_align_corners
+from magnet_jax.models.layers import Dense, adaptive_average_pool, gelu, instance_norm, resize_align_corners
 from magnet_jax.network import build_model
 
 
@@ -203,8 +204,10 @@ def language_inputs():
     return rng, words, x, word_mask
 
 
-def test_masked_language_fusion_written_out(language_inputs):
+@pytest.mark.parametrize("pixels", [6, 9])  # For many, key and value are folded into what is around them.
+def test_masked_language_fusion_written_out(language_inputs, pixels):
     rng, words, x, word_mask = language_inputs
+    x = 1.0 + rng.normal(size=(2, pixels, 4)).astype(np.float32)
     module = LanguageAlignment("masked")
     params = random_params(rng, module, words, x, word_mask)
     result = module.apply(params, words, x, word_mask)
@@ -212,6 +215,33 @@ def test_masked_language_fusion_written_out(language_inputs):
         real = word_mask[b] > 0
         expected = language_written_out(params["params"], words[b], x[b], word_mask[b], real)
         np.testing.assert_allclose(result[b][real], expected[real], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_folding_changes_nothing(dtype):
+    """Values and gradients, those of the biases, which are none, aside."""
+    rng = np.random.default_rng(4)
+    query, x = (
+        rng.normal(size=(2, 3, 16)).astype(np.float32),
+        2 + rng.normal(size=(2, 40, 8)).astype(np.float32),
+    )
+    dense = Dense(16, dtype=jnp.float32)
+    kernels = rng.normal(size=(2, 8, 16)).astype(np.float32)
+
+    def loss(attend, query, x, kernels, dtype):
+        def bound(kernel):
+            return dense.clone(dtype=dtype).bind({"params": {"kernel": kernel, "bias": jnp.ones(16)}})
+
+        found = attend(query.astype(dtype), x.astype(dtype), *map(bound, kernels), 0.0)
+        return (jnp.cos(jnp.arange(found.size)).reshape(found.shape) * found).sum()
+
+    expected = jax.value_and_grad(loss, (1, 2, 3))(
+        alignment._attend_to_pixels, query, x, kernels, jnp.float32
+    )
+    found = jax.value_and_grad(loss, (1, 2, 3))(alignment._attend_to_pixels_folded, query, x, kernels, dtype)
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
 
 
 def test_masked_language_fusion_does_not_see_padding(language_inputs):

@@ -173,8 +173,7 @@ class LanguageAlignment(nn.Module):
             return fan_in_dense(hidden, fan_in, dtype=dtype, name=name)
 
         query = dense(hidden, "query")(words)
-        key = instance_norm(dense(channels, "key")(x))
-        value = instance_norm(dense(channels, "value")(x))
+        key, value = dense(channels, "key"), dense(channels, "value")
         if self.mode == "released":
             mask = (word_mask.astype(jnp.float32) - 1.0) * 10000.0
             statistics, row_bias = None, (1e4 * mask - 1e4)[..., None]
@@ -182,12 +181,44 @@ class LanguageAlignment(nn.Module):
             mask = word_mask.astype(dtype)
             statistics, row_bias = word_mask, 0.0
         query = query * mask[..., None]
-        logits = jnp.einsum("blt,bnt->bln", query, key, preferred_element_type=jnp.float32) * hidden**-0.5
-        weights = jax.nn.softmax(logits + row_bias, axis=-1).astype(dtype)
-        language = jnp.einsum("bln,bnt->blt", weights, value)
+        folded = self.mode == "masked" and x.shape[1] >= 2 * channels
+        attend = _attend_to_pixels_folded if folded else _attend_to_pixels
+        language = attend(query, x.astype(dtype), key, value, row_bias)
         language = instance_norm(dense(hidden, "output")(language), statistics)
         visual = gelu(dense(hidden, "visual")(words))
         return gelu(dense(hidden, "mixed")(visual * language)).astype(self.dtype)
+
+
+def _attend_to_pixels(query, x, key, value, row_bias):
+    """Attention of words `[B, L, T]` to pixels `[B, N, C]` by instance-normalised keys and values -> `[B, L, T]`."""
+    scale = query.shape[-1] ** -0.5
+    logits = jnp.einsum("blt,bnt->bln", query, instance_norm(key(x)), preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * scale + row_bias, axis=-1).astype(x.dtype)
+    return jnp.einsum("bln,bnt->blt", weights, instance_norm(value(x)))
+
+
+def _attend_to_pixels_folded(query, x, key, value, row_bias, epsilon: float = 1e-5):
+    """The same without a key or value of any pixel, which for many pixels are by far the most of the work.
+
+    What is linear changes its place: a query meets the pixels after the key's kernel, the pixels that are found pass the
+    value's. Normalising takes away the biases, and a variance over pixels follows from their covariance `[B, C, C]`.
+    """
+    centred = x.astype(jnp.float32)
+    centred = (centred - centred.mean(1, keepdims=True)).astype(x.dtype)
+    covariance = jnp.einsum("bnc,bnd->bcd", centred, centred, preferred_element_type=jnp.float32) / x.shape[1]
+
+    def kernel_and_scale(dense):
+        kernel, _ = dense.parameters(x.shape[-1])
+        variance = jnp.einsum("bct,ct->bt", jnp.einsum("bcd,dt->bct", covariance, kernel), kernel)
+        return kernel, jax.lax.rsqrt(variance + epsilon)[:, None]
+
+    kernel, scale = kernel_and_scale(key)
+    query = jnp.einsum("blt,ct->blc", query * (scale * query.shape[-1] ** -0.5), kernel).astype(x.dtype)
+    logits = jnp.einsum("blc,bnc->bln", query, centred, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits + row_bias, axis=-1).astype(x.dtype)
+    kernel, scale = kernel_and_scale(value)
+    found = jnp.einsum("bln,bnc->blc", weights, centred, preferred_element_type=jnp.float32)
+    return ((found @ kernel) * scale).astype(x.dtype)
 
 
 def mean_of_words(words: jax.Array, word_mask: jax.Array) -> jax.Array:

@@ -93,15 +93,18 @@ class Dense(nn.Module):
     bias_init: nn.initializers.Initializer = zeros
 
     @nn.compact
-    def __call__(self, x, add_bias: bool = True):
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
-        x = x.astype(self.dtype)
-        return _linear(x, kernel, bias) if add_bias else (_linear(x, kernel, None), bias)
+    def parameters(self, channels: int) -> tuple[jax.Array, jax.Array | None]:
+        """Kernel `[channels, features]` and bias `[features]`, float32, for those who use them in another way."""
+        kernel = self.param("kernel", self.kernel_init, (channels, self.features))
+        return kernel, self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
 
-    def without_bias(self, x) -> tuple[jax.Array, jax.Array]:
-        """The product alone, and the bias `[features]` in float32, to be added later."""
-        return self(x, add_bias=False)
+    def __call__(self, x):
+        return _linear(x.astype(self.dtype), *self.parameters(x.shape[-1]))
+
+    def without_bias(self, x) -> tuple[jax.Array, jax.Array | None]:
+        """The product alone, and the bias to be added later."""
+        kernel, bias = self.parameters(x.shape[-1])
+        return _linear(x.astype(self.dtype), kernel, None), bias
 
 
 def fan_in_dense(features: int, fan_in: int, *, dtype: Any, name: str | None = None) -> Dense:
