@@ -57,6 +57,8 @@ def get_config() -> ConfigDict:
     swin.window = 12
     swin.patch = 4
     swin.drop_path = 0.3  # Of the last block, rising linearly from 0.
+    # How window attention is computed, with one result: 'heads', 'lanes' (for TPUs) or 'auto', by the platform.
+    swin.attention = "auto"
     swin.position = False  # Add the absolute position to the patches; the published networks do without.
     model.bert = bert = ConfigDict()  # BERT-base-uncased.
     bert.vocab_size = 0  # 0: the tokenizer's.

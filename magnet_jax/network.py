@@ -16,6 +16,7 @@ from magnet_jax.errors import UserError
 from magnet_jax.models import Lavt, MagNet, MaskGrounding, Output, TextProjection
 from magnet_jax.models.deformable import FORMS
 from magnet_jax.models.layers import Remat
+from magnet_jax.models.swin import ATTENTION_FORMS
 
 # Of ImageNet, RGB; what the published encoders were trained with (data spec section 3).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -76,8 +77,11 @@ def normalise(image: jax.Array) -> jax.Array:
     return (image.astype(jnp.float32) / 255 - jnp.asarray(MEAN)) / jnp.asarray(STD)
 
 
-def build_model(config: ConfigDict) -> nn.Module:
-    """The network that `config.model` describes. Raises `UserError` for an unknown name, field or dtype."""
+def build_model(config: ConfigDict, platform: str | None = None) -> nn.Module:
+    """The network that `config.model` describes, in the forms that suit a platform ('cpu', 'tpu', ...; JAX's by default).
+
+    Raises `UserError` for an unknown name, field, form or dtype.
+    """
     fields = config.to_dict()
     name, dtype = fields.pop("name"), fields.pop("dtype")
     if name not in MODELS:
@@ -94,6 +98,14 @@ def build_model(config: ConfigDict) -> nn.Module:
         raise UserError(
             f"config.model.pixel_decoder.sampling is '{sampling}'; expected 'auto' or one of {', '.join(FORMS)}"
         )
+    attention = fields.get("swin", {}).get("attention", "auto")
+    if attention not in (*ATTENTION_FORMS, "auto"):
+        raise UserError(
+            f"config.model.swin.attention is '{attention}'; expected 'auto' or one of {', '.join(ATTENTION_FORMS)}"
+        )
+    if attention == "auto" and "swin" in fields:
+        platform = platform or jax.default_backend()
+        fields["swin"]["attention"] = "lanes" if platform == "tpu" else "heads"
     if foreign := sorted(set(fields) - known):
         raise UserError(
             f"config.model has fields that '{name}' has not: {', '.join(foreign)}; start from a configuration of its own"
@@ -101,13 +113,13 @@ def build_model(config: ConfigDict) -> nn.Module:
     return MODELS[name](**_tuples(fields), dtype=jnp.dtype(dtype))
 
 
-def build_network(config: ConfigDict) -> Network:
-    """The model of a whole configuration and the heads of those losses that have a weight.
+def build_network(config: ConfigDict, platform: str | None = None) -> Network:
+    """The model of a whole configuration and the heads of those losses that have a weight; `platform` as in `build_model`.
 
     Raises `UserError` for what `build_model` refuses, a grounding stage that does not exist and a loss that the model
     cannot have.
     """
-    model, dtype = build_model(config.model), jnp.dtype(config.model.dtype)
+    model, dtype = build_model(config.model, platform), jnp.dtype(config.model.dtype)
     if config.parallelism == "pmap" and hasattr(model, "batch_axis"):
         model = model.clone(batch_axis=PMAP_AXIS)
     if config.loss.class_ and not model.has_class_logits:

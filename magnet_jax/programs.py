@@ -62,7 +62,8 @@ def build_program(config: ConfigDict, mesh: Mesh, step: str, where: str = "this 
         raise UserError(f"config.{section}.batch_size is {size}; {where} needs a multiple of {parts}")
     config = config.copy_and_resolve_references()
     config.data.batch_size, config.parallelism = size, "jit"
-    network, batch = build_network(config), batch_shapes(config)
+    network = build_network(config, mesh.devices.flat[0].platform)
+    batch = batch_shapes(config)
     tx, schedule = make_optimizer(config.optimizer, _SOME_STEPS)
     ema = bool(config.train.ema)
     if step != "train":

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import debug
+from magnet_jax.errors import UserError
 from magnet_jax.models.layers import DropPath, sine_position
 from magnet_jax.models.swin import (
+    ATTENTION_FORMS,
     PatchEmbed,
     PatchMerging,
     Swin,
@@ -14,6 +17,7 @@ from magnet_jax.models.swin import (
     relative_position_index,
     shift_mask,
 )
+from magnet_jax.network import build_model
 
 
 def random_params(rng, module, *inputs):
@@ -57,14 +61,15 @@ def test_shift_mask(height, width, window):
     assert (mask[-1] == -100).any()
 
 
+@pytest.mark.parametrize("form", ATTENTION_FORMS)
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("size", [(5, 7), (3, 4)])
-def test_window_attention_pixel_by_pixel(shifted, size):
+def test_window_attention_pixel_by_pixel(form, shifted, size):
     """Padding takes part as a zero pixel; a pixel sees those of its window and, if shifted, of its region."""
     rng = np.random.default_rng(0)
     (height, width), window, heads, channels = size, 4, 2, 4
     x = rng.normal(size=(1, height, width, channels)).astype(np.float32)
-    module = WindowAttention(heads, window, shifted)
+    module = WindowAttention(heads, window, shifted, form=form)
     params = random_params(rng, module, x)
     p = params["params"]
     padded_height, padded_width = -(-height // window) * window, -(-width // window) * window
@@ -99,6 +104,39 @@ def test_window_attention_pixel_by_pixel(shifted, size):
             mixed = (weights[..., None] * np.array(values)).sum(0).reshape(-1)
             expected[y, x_] = mixed @ p["proj"]["kernel"] + p["proj"]["bias"]
     np.testing.assert_allclose(jax.jit(module.apply)(params, x)[0], expected, atol=2e-5)
+
+
+# Heads that fill the lanes once, several times, not at all, and are too wide or too odd to share them.
+@pytest.mark.parametrize(("heads", "channels"), [(4, 128), (12, 384), (2, 8), (2, 320), (3, 120)])
+def test_forms_of_attention_agree_in_value_and_gradient(heads, channels):
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(2, 5, 6, channels)).astype(np.float32)
+    forms = [WindowAttention(heads, 4, True, form=form) for form in ATTENTION_FORMS]
+    shapes = jax.eval_shape(forms[0].init, jax.random.key(0), x)
+    params = jax.tree.map(lambda s: 0.1 * rng.normal(size=s.shape).astype(np.float32), shapes)
+
+    def loss(module, params, x):
+        return (jnp.cos(jnp.arange(x.size).reshape(x.shape)) * module.apply(params, x)).sum()
+
+    found = [jax.jit(jax.value_and_grad(loss, (1, 2)), static_argnums=0)(form, params, x) for form in forms]
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max())
+
+
+@pytest.mark.parametrize(
+    ("platform", "form"), [("tpu", "lanes"), ("cpu", "heads"), ("gpu", "heads"), (None, "heads")]
+)
+def test_the_platform_chooses_the_form(platform, form):
+    config = debug.get_config().model
+    config.bert.vocab_size = 10
+    assert build_model(config, platform).swin["attention"] == form
+    config.swin.attention = "lanes"
+    assert build_model(config, platform).swin["attention"] == "lanes"
+    config.swin.attention = "rows"
+    with pytest.raises(
+        UserError, match="config.model.swin.attention is 'rows'; expected 'auto' or one of heads, lanes"
+    ):
+        build_model(config, platform)
 
 
 @pytest.mark.parametrize("size", [(4, 6), (3, 5)])

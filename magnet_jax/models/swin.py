@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +17,7 @@ from magnet_jax.models.layers import (
     LayerNorm,
     Remat,
     attend_by_head,
+    attend_by_lanes,
     gelu,
     sine_position,
     truncated_normal,
@@ -31,58 +33,95 @@ def relative_position_index(window: int) -> np.ndarray:
 
 
 @functools.cache
-def shift_mask(height: int, width: int, window: int) -> np.ndarray:
-    """Additive mask of a rolled map that keeps its nine regions apart: `[windows, window**2, window**2]`, 0 or -100."""
+def shift_regions(height: int, width: int, window: int) -> np.ndarray:
+    """Which of the nine regions of a rolled map, that attention keeps apart, a pixel is in: `[windows, window**2]`."""
 
     def region(size):
         index = np.arange(size)
-        return (index >= size - window).astype(int) + (index >= size - window // 2)
+        return (index >= size - window).astype(np.int32) + (index >= size - window // 2)
 
     regions = region(height)[:, None] * 3 + region(width)[None]
     regions = regions.reshape(height // window, window, width // window, window)
-    regions = regions.transpose(0, 2, 1, 3).reshape(-1, window * window)
+    return regions.transpose(0, 2, 1, 3).reshape(-1, window * window)
+
+
+@functools.cache
+def shift_mask(height: int, width: int, window: int) -> np.ndarray:
+    """Additive mask of a rolled map that keeps its regions apart: `[windows, window**2, window**2]`, 0 or -100."""
+    regions = shift_regions(height, width, window)
     return np.where(regions[:, :, None] == regions[:, None], 0.0, -100.0).astype(np.float32)
 
 
+def into_windows(x: jax.Array, window: int, shifted: bool) -> jax.Array:
+    """Pads with zeros to whole windows, rolls a map whose windows are shifted, and cuts it.
+
+    `[B, H, W, C] -> [B, rows, window, columns, window, C]`.
+    """
+    batch, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -height % window), (0, -width % window), (0, 0)))
+    if shifted:
+        x = jnp.roll(x, (-(window // 2), -(window // 2)), (1, 2))
+    return x.reshape(batch, x.shape[1] // window, window, x.shape[2] // window, window, channels)
+
+
+def from_windows(x: jax.Array, height: int, width: int, shifted: bool) -> jax.Array:
+    """The way back: `[B, rows, window, columns, window, C] -> [B, H, W, C]`."""
+    batch, rows, window, columns, _, channels = x.shape
+    x = x.reshape(batch, rows * window, columns * window, channels)
+    if shifted:
+        x = jnp.roll(x, (window // 2, window // 2), (1, 2))
+    return x[:, :height, :width]
+
+
+ATTENTION_FORMS = ("heads", "lanes")
+
+
 class WindowAttention(nn.Module):
-    """Multi-head attention within (shifted) windows: `[B, H, W, C] -> [B, H, W, C]`."""
+    """Multi-head attention within (shifted) windows: `[B, H, W, C] -> [B, H, W, C]`.
+
+    `form` is how it is computed, with the same result: 'heads', one head after the other in memory, which suits CPUs and
+    GPUs; 'lanes', the channels as they are, which suits TPUs (see `attend_by_lanes`).
+    """
 
     heads: int
     window: int
     shifted: bool
     dtype: Any = jnp.float32
+    form: str = "heads"
 
     @nn.compact
     def __call__(self, x):
         batch, height, width, channels = x.shape
-        window, shift = self.window, self.window // 2
-        padded_height, padded_width = -(-height // window) * window, -(-width // window) * window
-        rows, columns = padded_height // window, padded_width // window
-
-        # The padding is of zeros, for which the product need not be computed: only the bias is added to it.
-        dense = Dense(3 * channels, kernel_init=truncated_normal, dtype=self.dtype, name="qkv")
-        qkv, qkv_bias = dense.without_bias(x)
-        qkv = jnp.pad(qkv, ((0, 0), (0, padded_height - height), (0, padded_width - width), (0, 0)))
-        if self.shifted:
-            qkv = jnp.roll(qkv, (-shift, -shift), (1, 2))
-        qkv = qkv.reshape(batch, rows, window, columns, window, 3, self.heads, channels // self.heads)
-        qkv = qkv.transpose(5, 0, 1, 3, 6, 2, 4, 7).reshape(
-            3, batch, rows * columns, self.heads, window * window, channels // self.heads
-        )
-        qkv = (qkv + qkv_bias.reshape(3, 1, 1, self.heads, 1, -1)).astype(self.dtype)
-
+        window, head_width = self.window, channels // self.heads
+        rows, columns = -(-height // window), -(-width // window)
+        shape, pixels = (batch, rows, columns), window * window
+        scale = head_width**-0.5
+        qkv = Dense(3 * channels, kernel_init=truncated_normal, dtype=self.dtype, name="qkv")
+        proj = Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="proj")
         table = self.param("relative_position_bias", truncated_normal, ((2 * window - 1) ** 2, self.heads))
         bias = table[relative_position_index(window)].transpose(2, 0, 1)  # [heads, pixels, pixels]
-        if self.shifted:
-            bias = bias + shift_mask(padded_height, padded_width, window)[:, None]
-        x = attend_by_head(*qkv, scale=(channels // self.heads) ** -0.5, bias=bias)
 
-        x = x.reshape(batch, rows, columns, self.heads, window, window, -1).transpose(0, 1, 4, 2, 5, 3, 6)
-        x = x.reshape(batch, padded_height, padded_width, channels)
+        if self.form == "lanes":
+            x = into_windows(x, window, self.shifted).swapaxes(2, 3)
+            x = x.reshape(batch, rows * columns, pixels, channels)
+            regions = shift_regions(rows * window, columns * window, window) if self.shifted else None
+            x = attend_by_lanes(*jnp.split(qkv(x), 3, -1), bias, scale=scale, regions=regions)
+            x = proj(x).reshape(*shape, window, window, channels).swapaxes(2, 3)
+            return from_windows(x, height, width, self.shifted)
+
         if self.shifted:
-            x = jnp.roll(x, (shift, shift), (1, 2))
-        x = x[:, :height, :width]
-        return Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="proj")(x)
+            bias = bias + shift_mask(rows * window, columns * window, window)[:, None]
+        # The padding is of zeros, for which the product need not be computed: only the bias is added to it.
+        x, qkv_bias = qkv.without_bias(x)
+        x = into_windows(x, window, self.shifted).reshape(
+            batch, rows, window, columns, window, 3, self.heads, head_width
+        )
+        x = x.transpose(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, batch, -1, self.heads, pixels, head_width)
+        x = (x + qkv_bias.reshape(3, 1, 1, self.heads, 1, -1)).astype(self.dtype)
+        x = attend_by_head(*x, scale=scale, bias=bias)
+        x = x.reshape(*shape, self.heads, window, window, head_width).transpose(0, 1, 4, 2, 5, 3, 6)
+        x = x.reshape(batch, rows, window, columns, window, channels)
+        return proj(from_windows(x, height, width, self.shifted))
 
 
 class SwinBlock(nn.Module):
@@ -93,11 +132,12 @@ class SwinBlock(nn.Module):
     shifted: bool
     drop_path: float
     dtype: Any = jnp.float32
+    attention: str = "heads"
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         y = LayerNorm(name="norm1")(x)
-        y = WindowAttention(self.heads, self.window, self.shifted, self.dtype, name="attn")(y)
+        y = WindowAttention(self.heads, self.window, self.shifted, self.dtype, self.attention, name="attn")(y)
         x += DropPath(self.drop_path)(y, train=train)
         y = LayerNorm(name="norm2")(x)
         y = gelu(Dense(4 * x.shape[-1], kernel_init=truncated_normal, dtype=self.dtype, name="fc1")(y))
@@ -114,12 +154,16 @@ class SwinStage(nn.Module):
     dtype: Any = jnp.float32
     number: int = 1  # 1 is the finest
     remat: Remat = Remat()
+    attention: str = "heads"
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
         block = self.remat(SwinBlock, f"stage_{self.number}", static=2)
         for i, rate in enumerate(self.drop_paths):
-            x = block(self.heads, self.window, i % 2 == 1, rate, self.dtype, name=f"block_{i}")(x, train)
+            shifted = i % 2 == 1
+            x = block(self.heads, self.window, shifted, rate, self.dtype, self.attention, name=f"block_{i}")(
+                x, train
+            )
         return x
 
 
@@ -187,6 +231,7 @@ class Swin(nn.Module):
     patch: int = 4
     drop_path: float = 0.3  # of the last block; rises linearly from 0
     position: bool = False  # absolute position of the patches, which the published networks do without
+    attention: str = "heads"  # form of `WindowAttention`
     dtype: Any = jnp.float32
     remat: Remat = Remat()
 
@@ -195,7 +240,15 @@ class Swin(nn.Module):
         ends = np.cumsum(self.depths).tolist()
         self.patch_embed = PatchEmbed(self.embed_dim, self.patch, self.position, self.dtype)
         self.stage = [
-            SwinStage(heads, self.window, tuple(rates[end - depth : end]), self.dtype, number, self.remat)
+            SwinStage(
+                heads,
+                self.window,
+                tuple(rates[end - depth : end]),
+                self.dtype,
+                number,
+                self.remat,
+                self.attention,
+            )
             for number, (heads, depth, end) in enumerate(zip(self.heads, self.depths, ends, strict=True), 1)
         ]
         self.merge = [PatchMerging(self.dtype) for _ in self.depths[:-1]]
