@@ -26,6 +26,8 @@ _FREE += (
     "cpu_devices",
     "parallelism",
     "model.remat",
+    "model.swin.attention",
+    "model.pixel_decoder.sampling",
     "mesh",
     "sharding",
 )
