@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -110,7 +110,8 @@ def random_batch(program: Program, config: ConfigDict, seed: int = 0) -> dict[st
 def count_flops(jaxpr) -> int:
     """FLOPs of matrix products and convolutions of a program, bodies of scans as often as they run.
 
-    A product of [m, k] and [k, n] is 2 m k n. What is computed again for the backward pass (remat) counts again.
+    A product of [m, k] and [k, n] is 2 m k n. What is computed again for the backward pass (remat) counts again; of
+    branches counts the most expensive.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -123,9 +124,18 @@ def count_flops(jaxpr) -> int:
             out_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_features
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            total += times * count_flops(inner)
+        inner = [count_flops(jaxpr) for jaxpr in _inner_jaxprs(equation.params)]
+        total += times * (max(inner, default=0) if equation.primitive.name == "cond" else sum(inner))
     return total
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    """The programs that an operation runs."""
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            jaxpr = getattr(item, "jaxpr", item)  # Of a closed one.
+            if hasattr(jaxpr, "eqns"):
+                yield jaxpr
 
 
 def complete(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
