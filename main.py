@@ -145,7 +145,7 @@ def run_mode(config) -> None:
     from magnet_jax.compile_cache import keep_compiled
     from magnet_jax.workdir import is_run
 
-    if _MODE.value == "benchmark" or is_run(_WORKDIR.value):
+    if is_run(_WORKDIR.value):
         keep_compiled(_WORKDIR.value)
     if _MODE.value == "train":
         from magnet_jax.train import train

@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from input_pipeline.benchmark import peak_memory
 from magnet_jax import trace
+from magnet_jax.compile_cache import keep_compiled
 from magnet_jax.host_memory import forget_peak
-from magnet_jax.programs import STEPS, build_program, complete, random_batch
+from magnet_jax.programs import STEPS, Program, build_program, complete, random_batch
 from magnet_jax.sharding import batch_sharding, make_mesh
 from magnet_jax.workdir import write_json
 
@@ -33,6 +34,10 @@ def benchmark(
     """
     config, notes = complete(config)
     mesh = make_mesh(config.mesh)
+    programs = {
+        step: build_program(config, mesh, step) for step in steps
+    }  # May refuse, before anything is written.
+    keep_compiled(workdir)
     device = mesh.devices.flat[0]
     report: dict[str, Any] = {
         "device": f"{device.platform} {device.device_kind}",
@@ -49,9 +54,10 @@ def benchmark(
         f"convolution {rates['convolution'] / 1e9:.0f} GFLOP/s each",
         flush=True,
     )
-    for step in steps:
+    for step, program in programs.items():
+        batch = jax.device_put(random_batch(program, config), batch_sharding(mesh))
         report["steps"][step] = result = measure(
-            config, mesh, step, Path(workdir) / "trace" / step, repetitions
+            program, batch, step == "train", Path(workdir) / "trace" / step, repetitions
         )
         result["share_of_matmul_rate"] = result["flops_per_second"] / mesh.size / rates["matmul"]
         print(text(step, result), flush=True)
@@ -83,28 +89,35 @@ def machine_rates(dtype: str, repetitions: int) -> dict[str, float]:
 
 
 def measure(
-    config: ConfigDict, mesh: jax.sharding.Mesh, step: str, folder: Path, repetitions: int
+    program: Program, batch: Any, returns_state: bool, folder: Path, repetitions: int
 ) -> dict[str, Any]:
-    """Times one step; returns the row of the report."""
-    program = build_program(config, mesh, step)
+    """Times a program, which takes over its state and returns another or leaves it alone; returns the row of the report."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
     start = time.perf_counter()
     lowered = program.function.lower(program.state, program.batch)
     traced = time.perf_counter()
     compiled = lowered.compile()
     compile_seconds = time.perf_counter() - traced
+    jax.monitoring.unregister_event_listener(listen)
     state = program.init()
-    batch = jax.device_put(random_batch(program, config), batch_sharding(mesh))
 
     def run():
         nonlocal state
         result = compiled(state, batch)
-        if step == "train":  # The old one is gone.
+        if returns_state:
             state = result[0]
         return result
 
     forget_peak()  # Compiling is not what runs need.
     seconds = _timed(run, repetitions)
-    peak = (mesh.devices.flat[0].memory_stats() or {}).get("peak_bytes_in_use", peak_memory() * 2**20)
+    device = jax.tree.leaves(batch)[0].sharding.mesh.devices.flat[0]
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use", peak_memory() * 2**20)
     file = trace.record(folder, lambda: [jax.block_until_ready(run()) for _ in range(_TRACED)])
     parts = trace.seconds_by_part(file, compiled.as_text())
     median, flops = statistics.median(seconds), program.flops()
@@ -115,6 +128,7 @@ def measure(
         "parameters": program.parameters,
         "trace_seconds": traced - start,
         "compile_seconds": compile_seconds,
+        "kept": bool(hits),  # Whether it had been compiled before.
         "seconds": seconds,
         "median_seconds": median,
         "quartiles": statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3,
@@ -143,11 +157,12 @@ def _timed(run: Callable[[], Any], repetitions: int) -> list[float]:
 def text(step: str, result: dict[str, Any]) -> str:
     """A row of the report for people."""
     low, _, high = result["quartiles"]
+    made = "taken from those kept" if result["kept"] else "compiled"
     lines = [
         f"\n{step}, batch {result['batch_size']}: {1e3 * result['median_seconds']:.1f} ms (quartiles {1e3 * low:.1f} to "
         f"{1e3 * high:.1f}), {result['images_per_second']:.2f} images/s, {result['flops'] / 1e9:.1f} GFLOP at "
         f"{result['flops_per_second'] / 1e9:.0f} GFLOP/s, {100 * result['share_of_matmul_rate']:.0f} % of the matrix rate",
-        f"  traced in {result['trace_seconds']:.1f} s, compiled in {result['compile_seconds']:.1f} s; temporaries "
+        f"  traced in {result['trace_seconds']:.1f} s, {made} in {result['compile_seconds']:.1f} s; temporaries "
         f"{result['temporary_bytes'] / 2**30:.2f} GiB, peak {result['peak_bytes'] / 2**30:.2f} GiB",
         f"  {'part':<24}{'forward ms':>12}{'backward ms':>13}{'share %':>9}",
     ]

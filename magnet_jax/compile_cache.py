@@ -18,13 +18,13 @@ def keep_compiled(workdir: str | Path) -> None:
 
     What lies there is run as it is. So the folder has a name that only this user can know, and programs that a run directory
     of somebody else brings along are never looked at. Where JAX has been told another place (`JAX_COMPILATION_CACHE_DIR`),
-    or no secret can be kept, this does nothing.
+    or nothing can be kept, this does nothing.
     """
     global _ours
     if jax.config.jax_compilation_cache_dir not in (None, _ours):
         return
     secret = _secret()
-    if secret is None:
+    if secret is None or (Path(workdir).exists() and not os.access(workdir, os.W_OK)):
         return
     folder = str(Path(workdir).absolute() / "compiled" / hashlib.sha256(secret).hexdigest()[:32])
     if folder != _ours:

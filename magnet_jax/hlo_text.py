@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_CONTAINERS = ("while", "call", "conditional")  # Stand for other operations.
 _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([\d,]*)\]")
 # Operations of a kind that takes time by itself; where the compiler says nothing of one, only its bytes are known.
 _SILENT = ("fusion", "gather", "scatter", "custom-call", "sort", "convolution", "dot")
@@ -58,6 +59,38 @@ def cost(text: str) -> Cost:
     return of(entry)
 
 
+def operation_names(text: str) -> dict[str, list[str]]:
+    """Where the operations of a compiled module come from, but those that only stand for others.
+
+    Of each its own name in the program ('' for none), then, of a fusion, the names within it, the commonest first.
+    """
+    own: dict[str, str] = {}
+    within: dict[str, Counter] = {}
+    fusions: dict[str, str] = {}
+    for computation, lines in _computations(text)[0].items():
+        within[computation] = Counter()
+        for line in lines:
+            match = _LINE.match(line)
+            if not match or match[2] in _CONTAINERS:
+                continue
+            operation = _operation(line)
+            given = re.search(r'op_name="([^"]*)"', line)
+            own[operation] = given[1] if given else ""
+            within[computation][own[operation]] += 1
+            if called := re.search(r"calls=%?([\w.\-]+)", line):
+                fusions[operation] = called[1]
+    return {
+        operation: [name, *(inner for inner, _ in within[fusions[operation]].most_common())]
+        if operation in fusions
+        else [name]
+        for operation, name in own.items()
+    }
+
+
+def _operation(line: str) -> str:
+    return line.split(" = ")[0].split("%")[-1].strip()
+
+
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     found: dict[str, list[str]] = {}
     name = entry = ""
@@ -79,8 +112,7 @@ def _add_line(total: Cost, line: str, shapes: dict, of, computations: dict[str, 
     if not match:
         return
     result, operation, rest = match.groups()
-    name = line.split(" = ")[0].split("%")[-1].strip()
-    shapes[name] = size = _size(result)
+    shapes[_operation(line)] = size = _size(result)
     if operation == "while":
         body, condition = (re.search(rf"{key}=%?([\w.\-]+)", rest)[1] for key in ("body", "condition"))
         total.add(of(body), _trips(rest, computations[condition]))

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
 from magnet_jax.models import Lavt, MagNet, MaskGrounding, Output, TextProjection
-from magnet_jax.models.deformable import FORMS
 from magnet_jax.models.layers import Remat
+from magnet_jax.models.sampling import FORMS
 from magnet_jax.models.swin import ATTENTION_FORMS
 
 # Of ImageNet, RGB; what the published encoders were trained with (data spec section 3).

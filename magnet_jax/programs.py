@@ -17,7 +17,7 @@ from input_pipeline import DataError, Tokenizer
 from magnet_jax.errors import UserError
 from magnet_jax.network import build_network
 from magnet_jax.optim import make_optimizer
-from magnet_jax.parallelism import jit_eval_step, jit_train_step
+from magnet_jax.parallelism import Jit, jit_eval_step, jit_train_step
 from magnet_jax.sharding import batch_parts, batch_sharding, replicated, state_sharding
 from magnet_jax.train_step import configured_train_step, init_state, make_gradient
 from magnet_jax.trained import batch_shapes, with_vocabulary
@@ -76,8 +76,8 @@ def build_program(config: ConfigDict, mesh: Mesh, step: str, where: str = "this 
     state = jax.eval_shape(init)
     shardings = state_sharding(state, mesh, config.sharding)
     if step == "train":
-        where = {"batch_sharding": batch_sharding(mesh), "param_sharding": shardings.params}
-        train_step = configured_train_step(config, network, tx, schedule, **where)
+        within = Jit(mesh).within_step(shardings)
+        train_step = configured_train_step(config, network, tx, schedule, **within)
         function = jit_train_step(train_step, shardings, mesh)
     elif step == "gradient":
         function = jax.jit(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
+
+from magnet_jax.hlo_text import operation_names
 
 # An operation belongs to the first part whose expression is found in its name, which the modules are in that it comes from.
 PARTS = (
@@ -26,10 +28,6 @@ PARTS = (
     ("Swin patches", r"/(patch_embed|merge_\d)"),
 )
 _OTHER = "other"
-# Operations that stand for others, which have events of their own.
-_CONTAINERS = ("while", "call", "conditional")
-_LINE = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = .*? ([a-z][a-z0-9\-]*)\(")
-_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
 
 Interval = tuple[float, float, str]  # Start, end, operation.
 
@@ -51,7 +49,7 @@ def seconds_by_part(file: str | Path, hlo_text: str) -> dict[str, dict[str, floa
     hlo_text: of the compiled program. Where operations run at the same time, each has its share of it, so that the sum is
     the time in which any ran.
     """
-    named = operation_names(hlo_text)
+    named = {operation: _name(names) for operation, names in operation_names(hlo_text).items()}
     intervals = [interval for interval in _events(file) if interval[2] in named]
     found: dict[str, dict[str, float]] = {}
     for operation, seconds in shares(intervals).items():
@@ -68,32 +66,9 @@ def part_of(name: str) -> str:
     return next((part for part, pattern in PARTS if re.search(pattern, name)), _OTHER)
 
 
-def operation_names(hlo_text: str) -> dict[str, str]:
-    """The name in the network of every operation of a compiled program but those that only stand for others.
-
-    A fusion whose own name belongs to no part has the commonest name within it that does.
-    """
-    names: dict[str, str] = {}
-    within: dict[str, Counter] = defaultdict(Counter)  # By computation.
-    fusions: dict[str, str] = {}
-    computation = ""
-    for line in hlo_text.splitlines():
-        if not line.startswith(" "):
-            head = _HEAD.match(line)
-            computation = head[1] if head else ""
-            continue
-        match = _LINE.match(line)
-        if not match or match[2] in _CONTAINERS:
-            continue
-        given = re.search(r'op_name="([^"]*)"', line)
-        names[match[1]] = given[1] if given else ""
-        within[computation][names[match[1]]] += 1
-        if called := re.search(r"calls=%?([\w.\-]+)", line):
-            fusions[match[1]] = called[1]
-    for operation, called in fusions.items():
-        candidates = [names[operation], *(name for name, _ in within[called].most_common())]
-        names[operation] = next((name for name in candidates if part_of(name) != _OTHER), names[operation])
-    return names
+def _name(candidates: list[str]) -> str:
+    """The first name that belongs to a part; where there is none, the operation's own."""
+    return next((name for name in candidates if part_of(name) != _OTHER), candidates[0])
 
 
 def shares(intervals: Iterable[Interval]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import pytest
 from configs import debug
 from magnet_jax.models import alignment
 from magnet_jax.models.alignment import Gate, ImageAlignment, LanguageAlignment, PixelWordAttention
-from magnet_jax.models.layers import Dense, adaptive_average_pool, gelu, instance_norm, resize_align_corners
+from magnet_jax.models.layers import Dense, gelu, instance_norm
 from magnet_jax.network import build_model
 
 
@@ -126,56 +126,7 @@ def test_image_alignment_is_plain_pwam_without_pyramids(fusion_inputs):
     np.testing.assert_allclose(r, expected.reshape(maps.shape), atol=1e-6)
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(6, 6, 3), (7, 5, 3), (4, 3, 6), (5, 9, 1), (3, 3, 2)])
-def test_adaptive_pool(height, width, size):
-    x = np.random.default_rng(0).normal(size=(2, height, width, 3)).astype(np.float32)
-    expected = np.zeros((2, size, size, 3))
-    for i in range(size):
-        for j in range(size):
-            rows = range(int(np.floor(i * height / size)), int(np.ceil((i + 1) * height / size)))
-            columns = range(int(np.floor(j * width / size)), int(np.ceil((j + 1) * width / size)))
-            expected[:, i, j] = np.mean([x[:, y, z] for y in rows for z in columns], 0)
-    np.testing.assert_allclose(adaptive_average_pool(x, size), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("size", "new"), [((2, 3), (5, 7)), ((6, 6), (3, 4)), ((1, 1), (4, 3)), ((3, 4), (1, 1))]
-)
-def test_resize_align_corners(size, new):
-    x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
-    expected = np.zeros((2, *new, 3))
-    for i in range(new[0]):
-        for j in range(new[1]):
-            y = i * (size[0] - 1) / (new[0] - 1) if new[0] > 1 else 0.0
-            z = j * (size[1] - 1) / (new[1] - 1) if new[1] > 1 else 0.0
-            top, left = min(int(y), size[0] - 1), min(int(z), size[1] - 1)
-            bottom, right = min(top + 1, size[0] - 1), min(left + 1, size[1] - 1)
-            upper = x[:, top, left] * (1 - z + left) + x[:, top, right] * (z - left)
-            lower = x[:, bottom, left] * (1 - z + left) + x[:, bottom, right] * (z - left)
-            expected[:, i, j] = upper * (1 - y + top) + lower * (y - top)
-    np.testing.assert_allclose(resize_align_corners(x, new), expected, atol=1e-5)
-
-
 # --- language side -----------------------------------------------------------------------------------------------------
-
-
-def test_instance_norm_over_some_positions():
-    rng = np.random.default_rng(0)
-    x = (3 + 2 * rng.normal(size=(3, 7, 4))).astype(np.float32)
-    mask = np.array([[1, 1, 1, 0, 1, 0, 0], [1] * 7, [0] * 7], np.int32)
-    result = np.asarray(instance_norm(x, mask))
-    for b in range(3):
-        for c in range(4):
-            real = [float(x[b, i, c]) for i in range(7) if mask[b, i]]
-            if not real:
-                assert (result[b] == 0).all()
-                continue
-            mean = sum(real) / len(real)
-            variance = sum((value - mean) ** 2 for value in real) / len(real)
-            for i in range(7):
-                expected = (x[b, i, c] - mean) / np.sqrt(variance + 1e-5) * mask[b, i]
-                assert result[b, i, c] == pytest.approx(expected, abs=1e-5)
-    np.testing.assert_allclose(instance_norm(x)[1], result[1], atol=1e-6)
 
 
 def language_written_out(p, words, x, query_mask, statistics, row_bias=None):

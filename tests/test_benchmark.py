@@ -7,6 +7,7 @@ import pytest
 
 from magnet_jax import programs
 from magnet_jax.benchmark import benchmark
+from magnet_jax.errors import UserError
 from magnet_jax.network import Network
 from tests.tiny import TinyModel, tiny_config
 
@@ -40,6 +41,14 @@ def test_train_steps_are_told_part_by_part(report):
     assert parts["losses"]["forward"] > 0
     assert parts["losses"]["backward"] > 0
     assert all(row["backward"] == 0 for row in report[1]["steps"]["eval"]["parts"].values())
+
+
+def test_what_is_refused_writes_nothing(tmp_path):
+    config = tiny_config()
+    config.data.batch_size = 3
+    with pytest.raises(UserError, match="config.data.batch_size is 3; this machine needs a multiple of 2"):
+        benchmark(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_traces_are_kept(report):

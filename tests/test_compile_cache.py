@@ -1,5 +1,7 @@
 """Compiled programs are kept, found again, and never taken from others."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -64,6 +66,12 @@ def test_a_place_that_jax_was_told_stays(tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "told"))
     keep_compiled(tmp_path / "run")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "told")
+
+
+def test_in_a_run_that_can_only_be_read_nothing_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
+    keep_compiled(tmp_path)
+    assert jax.config.jax_compilation_cache_dir is None
 
 
 def test_without_a_place_for_the_secret_nothing_is_kept(tmp_path, monkeypatch):

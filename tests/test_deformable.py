@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from magnet_jax.models.deformable import (
-    DENSE_PIXELS,
-    FORMS,
-    DeformableAttention,
-    fan_bias,
-    reference_points,
-    sample,
-)
+from magnet_jax.models.deformable import DeformableAttention, fan_bias, reference_points
+from magnet_jax.models.sampling import DENSE_PIXELS, FORMS, sample
 from magnet_jax.sharding import make_mesh
 
 LEVELS = ((1, 1), (2, 3), (5, 4))

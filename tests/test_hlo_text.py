@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from magnet_jax.hlo_text import cost
+from magnet_jax.hlo_text import cost, operation_names
 
 TEXT = """HloModule jit_step, entry_computation_layout={}
 
@@ -119,3 +119,35 @@ def test_collectives_within_the_fusions_of_a_tpu():
     assert dict(found.sizes) == {"all-gather": 16 * 512 * 2, "reduce-scatter": 512 * 1024 * 4}
     assert found.wire == 16 * 512 * 2 * 7 / 8 + 512 * 1024 * 4 * 7
     assert found.cycles == 105
+
+
+NAMED = """HloModule jit_step
+
+%fused (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %m = f32[4]{0} multiply(%p, %p), metadata={op_name="jit(step)/jvp(MagNet)/stage_0/mul"}
+  %n = f32[4]{0} multiply(%m, %p), metadata={op_name="jit(step)/jvp(MagNet)/stage_1/mul"}
+  ROOT %a = f32[4]{0} add(%n, %m), metadata={op_name="jit(step)/jvp(MagNet)/stage_1/mul"}
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %fusion.1 = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused
+  %while.1 = f32[4]{0} while(%fusion.1), condition=%c, body=%b, metadata={op_name="jit(step)/while"}
+  %copy.1 = f32[4]{0} copy(%while.1)
+  ROOT %dot.1 = f32[4]{0} dot(%copy.1, %x), metadata={op_name="jit(step)/transpose(jvp(MagNet))/decoder/layer_0/attn/dot"}
+}
+"""
+
+
+def test_names_of_operations():
+    names = operation_names(NAMED)
+    assert names["fusion.1"] == [
+        "",
+        "jit(step)/jvp(MagNet)/stage_1/mul",  # Twice in it.
+        "",
+        "jit(step)/jvp(MagNet)/stage_0/mul",
+    ]
+    assert [name.split("/")[-2:] for name in names["dot.1"]] == [["attn", "dot"]]
+    assert names["copy.1"] == [""]
+    assert "while.1" not in names  # What it runs has events of its own.

@@ -14,31 +14,11 @@ def test_time_in_which_several_run_is_divided():
     assert sum(found.values()) == pytest.approx(4 + 1)
 
 
-TEXT = """HloModule jit_step
-
-%fused (p: f32[4]) -> f32[4] {
-  %p = f32[4]{0} parameter(0)
-  %m = f32[4]{0} multiply(%p, %p), metadata={op_name="jit(step)/jvp(MagNet)/stage_0/mul"}
-  %n = f32[4]{0} multiply(%m, %p), metadata={op_name="jit(step)/jvp(MagNet)/stage_1/mul"}
-  ROOT %a = f32[4]{0} add(%n, %m), metadata={op_name="jit(step)/jvp(MagNet)/stage_1/mul"}
-}
-
-ENTRY %main (x: f32[4]) -> f32[4] {
-  %x = f32[4]{0} parameter(0)
-  %fusion.1 = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused
-  %while.1 = f32[4]{0} while(%fusion.1), condition=%c, body=%b, metadata={op_name="jit(step)/while"}
-  %copy.1 = f32[4]{0} copy(%while.1)
-  ROOT %dot.1 = f32[4]{0} dot(%copy.1, %x), metadata={op_name="jit(step)/transpose(jvp(MagNet))/decoder/layer_0/attn/dot"}
-}
-"""
-
-
-def test_names_of_operations():
-    names = trace.operation_names(TEXT)
-    assert names["fusion.1"].endswith("stage_1/mul")  # What occurs in it most.
-    assert names["dot.1"].endswith("attn/dot")
-    assert names["copy.1"] == ""
-    assert "while.1" not in names  # What it runs has events of its own.
+def test_a_fusion_belongs_to_what_is_within_it():
+    nowhere, somewhere = "jit(step)/add", "jit(step)/jvp(MagNet)/stage_1/mul"
+    assert trace._name([nowhere, "", somewhere, "jit(step)/optimizer/mul"]) == somewhere
+    assert trace._name([somewhere, "jit(step)/optimizer/mul"]) == somewhere
+    assert trace._name([nowhere, ""]) == nowhere
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from magnet_jax.models.attention import attend
 from magnet_jax.models.layers import (
     Dense,
     Dropout,
     LayerNorm,
     adaptive_average_pool,
-    attend,
     fan_in_dense,
     fan_in_uniform,
     gelu,
@@ -182,8 +182,8 @@ class LanguageAlignment(nn.Module):
             statistics, row_bias = word_mask, 0.0
         query = query * mask[..., None]
         folded = self.mode == "masked" and x.shape[1] >= 2 * channels
-        attend = _attend_to_pixels_folded if folded else _attend_to_pixels
-        language = attend(query, x.astype(dtype), key, value, row_bias)
+        attend_to_pixels = _attend_to_pixels_folded if folded else _attend_to_pixels
+        language = attend_to_pixels(query, x.astype(dtype), key, value, row_bias)
         language = instance_norm(dense(hidden, "output")(language), statistics)
         visual = gelu(dense(hidden, "visual")(words))
         return gelu(dense(hidden, "mixed")(visual * language)).astype(self.dtype)

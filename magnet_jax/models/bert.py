@@ -8,12 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from magnet_jax.models.attention import attend
 from magnet_jax.models.layers import (
     Dense,
     Dropout,
     LayerNorm,
     Remat,
-    attend,
     gelu,
     normal,
 )

@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from magnet_jax.models.attention import attend
 from magnet_jax.models.layers import (
     Dense,
     LayerNorm,
-    attend,
     fan_in_dense,
     resize_half_pixel,
     sine_position,

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magnet_jax.models.attention import attend_by_head, attend_by_lanes
 from magnet_jax.models.layers import (
     Dense,
     DropPath,
     LayerNorm,
     Remat,
-    attend_by_head,
-    attend_by_lanes,
     gelu,
     sine_position,
     truncated_normal,
