@@ -45,10 +45,8 @@ class Jit:
 
     def __init__(self, mesh: Mesh):
         self.mesh, self.batch_sharding = mesh, batch_sharding(mesh)
-
-    def within_step(self, shardings: TrainState) -> dict[str, Any]:
-        """What `make_train_step` has to know of where arrays lie."""
-        return {"batch_sharding": self.batch_sharding, "param_sharding": shardings.params}
+        # What `make_train_step` has to know of where arrays lie.
+        self.within_step = {"batch_sharding": self.batch_sharding}
 
     def compile(
         self, step: Step, shapes: TrainState, shardings: TrainState, batch: Mapping[str, Any]
@@ -87,11 +85,7 @@ class Pmap:
                 "(('.*', 'replicate'),); take 'jit' for anything else"
             )
         self.mesh = mesh
-
-    def within_step(self, shardings: TrainState) -> dict[str, Any]:
-        """What `make_train_step` has to know of where arrays lie: what it sees is one device's share."""
-        del shardings
-        return {"axis_name": PMAP_AXIS}
+        self.within_step = {"axis_name": PMAP_AXIS}  # What a step sees is one device's share.
 
     def compile(
         self, step: Step, shapes: TrainState, shardings: TrainState, batch: Mapping[str, Any]

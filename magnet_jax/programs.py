@@ -76,8 +76,7 @@ def build_program(config: ConfigDict, mesh: Mesh, step: str, where: str = "this 
     state = jax.eval_shape(init)
     shardings = state_sharding(state, mesh, config.sharding)
     if step == "train":
-        within = Jit(mesh).within_step(shardings)
-        train_step = configured_train_step(config, network, tx, schedule, **within)
+        train_step = configured_train_step(config, network, tx, schedule, **Jit(mesh).within_step)
         function = jit_train_step(train_step, shardings, mesh)
     elif step == "gradient":
         function = jax.jit(

@@ -81,8 +81,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     shapes = jax.eval_shape(init)  # Nothing is ever whole on one device.
     shardings = state_sharding(shapes, mesh, config.sharding)
 
-    where = parallelism.within_step(shardings)
-    step_function = configured_train_step(config, network, tx, schedule, **where)
+    step_function = configured_train_step(config, network, tx, schedule, **parallelism.within_step)
     evaluator = Evaluator(jit_eval_step(network, shardings.variables, mesh), tokenizer, config, mesh)
     check_best_metric(config, evaluator.figure_names())
 

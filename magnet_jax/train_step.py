@@ -77,15 +77,13 @@ def make_train_step(
     ema: float = 0.0,
     axis_name: str | None = None,
     batch_sharding: NamedSharding | None = None,
-    param_sharding: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The pure step `(state, batch) -> (state, metrics)`; `configured_train_step` is that of a whole configuration.
 
     Args: config: `config.loss`; schedule: adds its rate to the metrics; accumulate: parts that the batch is taken in one
     after another, with the result of the whole (but for BatchNorm, whose statistics are those of the parts); ema: decay
     of the running mean of the parameters, 0 for none; axis_name: of `jax.pmap`, where the batch is one device's share;
-    batch_sharding: of the batch under `jax.jit`, which activations keep; param_sharding: a tree like the parameters, which
-    gradients keep, so that devices need not send each other more than the parts that each holds.
+    batch_sharding: of the batch under `jax.jit`, which activations keep.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -113,8 +111,6 @@ def make_train_step(
             gradient, metrics, batch_stats = _accumulate(
                 gradient_of, state.batch_stats, batch, positions, accumulate
             )
-        if param_sharding is not None:
-            gradient = jax.lax.with_sharding_constraint(gradient, param_sharding)
         # Of examples that the data could not give; padding does not occur in training.
         metrics["left_out"] = (~batch["valid"]).sum().astype(jnp.float32)
         if axis_name is not None:
@@ -143,7 +139,7 @@ def configured_train_step(
     schedule: Callable[[Any], Any] | None = None,
     **where: Any,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The train step of a whole configuration; `where`: `axis_name` or the shardings of `make_train_step`."""
+    """The train step of a whole configuration; `where`: `axis_name` or `batch_sharding` of `make_train_step`."""
     options = {"accumulate": config.train.accumulate, "ema": config.train.ema}
     return make_train_step(network, tx, config.loss, schedule, **options, **where)
 

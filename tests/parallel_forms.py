@@ -77,7 +77,7 @@ def run(name, form, remat=()):
         tx,
         config.loss,
         accumulate=accumulate,
-        **ways.within_step(shardings),
+        **ways.within_step,
     )
     template = {key: jax.ShapeDtypeStruct(value.shape, value.dtype) for key, value in batches[0].items()}
     compiled = ways.compile(step, shapes, shardings, template)
