@@ -1,6 +1,7 @@
 """A run killed fifty times, at any moment and in the middle of saves, ends with the parameters of one that was not."""
 
 import multiprocessing
+import os
 import random
 import signal
 import time
@@ -37,25 +38,28 @@ def test_fifty_kills(tmp_path):
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.conftest", "tests.test_kills"])
     rng = random.Random(0)
-    torn = reached = kills = 0
-    while kills < KILLS:
+    torn = reached = 0
+    for kill in range(KILLS):
+        lines, begun, complete = _last_line(disturbed), _begun(disturbed), _complete(disturbed)
         process = processes.Process(target=run, args=(disturbed,))
         process.start()
-        if kills:  # The first ones may hit the start of the run itself, later ones its steps.
-            before = _last_line(disturbed)
-            while process.is_alive() and _last_line(disturbed) == before:
-                time.sleep(0.01)
-        process.join(rng.uniform(0, LONGEST) if kills else 2.0)
+        # The first kill may hit the start of the run itself, the others its steps: in turn one at a random moment, one in
+        # the middle of a save, and one some time after a save, so that the run goes on however slow the machine is.
+        if kill:
+            _wait(process, lambda lines=lines: _last_line(disturbed) != lines)
+        if kill % 3 == 1:
+            _wait(process, lambda begun=begun: _begun(disturbed) - begun)
+        elif kill % 3 == 2:
+            _wait(process, lambda complete=complete: _complete(disturbed) > complete)
+        if kill % 3 != 1:
+            process.join(rng.uniform(0, LONGEST) if kill else 2.0)
         assert process.exitcode is None, "it ended by itself"
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        kills += 1
-        steps = sorted(int(path.name) for path in disturbed.glob("checkpoints/*") if path.name.isdecimal())
-        torn += bool(list(disturbed.glob("checkpoints/*tmp*")))
-        if steps:
-            assert steps[-1] >= reached - 3
-            reached = max(reached, steps[-1])
+        torn += bool(_begun(disturbed))
+        assert _complete(disturbed) >= reached - 3
+        reached = max(reached, _complete(disturbed))
     assert torn > 5, "kills in the middle of saves"
     assert 20 < reached < STEPS
     process = processes.Process(target=run, args=(disturbed,))
@@ -63,6 +67,26 @@ def test_fifty_kills(tmp_path):
     process.join()
     assert process.exitcode == 0
     assert_same_run(disturbed, undisturbed, STEPS)
+
+
+def _wait(process, happened):
+    while process.is_alive() and not happened():
+        time.sleep(0.01)
+
+
+def _begun(workdir):
+    """Saves that are not complete: their names, and the numbers of their folders in the file system."""
+    return {(entry.name, entry.inode()) for entry in _checkpoints(workdir) if "tmp" in entry.name}
+
+
+def _complete(workdir):
+    """Step of the last complete checkpoint; 0 where there is none."""
+    return max((int(entry.name) for entry in _checkpoints(workdir) if entry.name.isdecimal()), default=0)
+
+
+def _checkpoints(workdir):
+    folder = workdir / "checkpoints"
+    return list(os.scandir(folder)) if folder.exists() else []
 
 
 def _last_line(workdir):
