@@ -22,9 +22,9 @@ _SILENT = ("fusion", "gather", "scatter", "custom-call", "sort", "convolution", 
 class Cost:
     """What one run of a program, or of a computation in it, costs a device."""
 
-    cycles: float = 0.0
-    silent_bytes: float = 0.0  # Read and written by operations whose cycles the compiler does not tell.
-    silent: int = 0
+    # By the name of the operation: cycles that the compiler tells, and, where it tells none, bytes read and written.
+    cycles: Counter[str] = dataclasses.field(default_factory=Counter)
+    silent_bytes: Counter[str] = dataclasses.field(default_factory=Counter)
     counts: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     sizes: dict[str, float] = dataclasses.field(
         default_factory=lambda: defaultdict(float)
@@ -34,17 +34,22 @@ class Cost:
 
     def add(self, other: Cost, times: float) -> None:
         """Adds another cost, several times."""
-        self.cycles += times * other.cycles
-        self.silent_bytes += times * other.silent_bytes
-        self.silent += int(times * other.silent)
         self.wire += times * other.wire
-        for mine, theirs in ((self.counts, other.counts), (self.sizes, other.sizes)):
+        for mine, theirs in (
+            (self.cycles, other.cycles),
+            (self.silent_bytes, other.silent_bytes),
+            (self.counts, other.counts),
+            (self.sizes, other.sizes),
+        ):
             for kind, value in theirs.items():
                 mine[kind] += times * value
 
 
 def cost(text: str) -> Cost:
-    """Reads the text of a compiled module; bodies of loops count as often as they run."""
+    """Reads the text of a compiled module; bodies of loops count as often as they run.
+
+    Of branches the cheapest counts: the others are for the exception, and what is taken only a run can tell.
+    """
     computations, entry = _computations(text)
     known: dict[str, Cost] = {}
 
@@ -117,7 +122,10 @@ def _add_line(total: Cost, line: str, shapes: dict, of, computations: dict[str, 
         body, condition = (re.search(rf"{key}=%?([\w.\-]+)", rest)[1] for key in ("body", "condition"))
         total.add(of(body), _trips(rest, computations[condition]))
         return
-    if operation in ("call", "conditional", "async-start") and (
+    if operation == "conditional":
+        total.add(min(map(of, _branches(rest)), key=lambda cost: cost.cycles.total()), 1)
+        return
+    if operation in ("call", "async-start") and (
         called := re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", rest)
     ):
         total.add(of(called[1]), 1)
@@ -135,11 +143,10 @@ def _add_line(total: Cost, line: str, shapes: dict, of, computations: dict[str, 
                     _add_collective(total, inner[2], inner[1], inner[3])
     cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
     if cycles:
-        total.cycles += int(cycles[1])
+        total.cycles[_operation(line)] += int(cycles[1])
     elif operation in _SILENT:
-        total.silent += 1
         operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-        total.silent_bytes += size + sum(shapes.get(operand, 0) for operand in operands)
+        total.silent_bytes[_operation(line)] += size + sum(shapes.get(operand, 0) for operand in operands)
 
 
 def _add_collective(total: Cost, operation: str, result: str, rest: str) -> None:
@@ -184,6 +191,13 @@ def _started(kind: str, shape: str) -> str:
         else:
             parts[-1] += character
     return parts[1]
+
+
+def _branches(rest: str) -> list[str]:
+    """Computations of which a conditional runs one."""
+    numbered = re.search(r"branch_computations=\{([^}]*)\}", rest)
+    of = r"%?([\w.\-]+)"
+    return re.findall(of, numbered[1]) if numbered else re.findall(rf"(?:true|false)_computation={of}", rest)
 
 
 def _trips(rest: str, condition: list[str]) -> int:

@@ -49,14 +49,12 @@ def seconds_by_part(file: str | Path, hlo_text: str) -> dict[str, dict[str, floa
     hlo_text: of the compiled program. Where operations run at the same time, each has its share of it, so that the sum is
     the time in which any ran.
     """
-    named = {operation: _name(names) for operation, names in operation_names(hlo_text).items()}
+    named = {operation: name_of(names) for operation, names in operation_names(hlo_text).items()}
     intervals = [interval for interval in _events(file) if interval[2] in named]
     found: dict[str, dict[str, float]] = {}
     for operation, seconds in shares(intervals).items():
         name = named[operation]
-        part = part_of(name)
-        direction = "backward" if "transpose(" in name else "forward"
-        found.setdefault(part, {"forward": 0.0, "backward": 0.0})[direction] += seconds
+        found.setdefault(part_of(name), {"forward": 0.0, "backward": 0.0})[direction_of(name)] += seconds
     order = [part for part, _ in PARTS] + [_OTHER]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
 
@@ -66,8 +64,13 @@ def part_of(name: str) -> str:
     return next((part for part, pattern in PARTS if re.search(pattern, name)), _OTHER)
 
 
-def _name(candidates: list[str]) -> str:
-    """The first name that belongs to a part; where there is none, the operation's own."""
+def direction_of(name: str) -> str:
+    """'backward' for an operation that gradients flow through, else 'forward'."""
+    return "backward" if "transpose(" in name else "forward"
+
+
+def name_of(candidates: list[str]) -> str:
+    """Of the names of an operation the first that belongs to a part; where there is none, its own."""
     return next((name for name in candidates if part_of(name) != _OTHER), candidates[0])
 
 

@@ -49,8 +49,8 @@ ENTRY %main (p: f32[16]) -> f32[16] {
 
 def test_text_written_by_hand():
     found = cost(TEXT)
-    assert found.cycles == 11 + 7 * 100
-    assert (found.silent, found.silent_bytes) == (7, 7 * (16 + 32 + 32))
+    assert found.cycles == {"copy.1": 11, "fusion.1": 7 * 100}
+    assert found.silent_bytes == {"gather.1": 7 * (16 + 32 + 32)}
     assert dict(found.counts) == {"all-gather": 7 + 2, "all-reduce": 2, "reduce-scatter": 1}
     assert dict(found.sizes) == {"all-gather": 7 * 128 + 32 + 80, "all-reduce": 64 + 48, "reduce-scatter": 8}
     assert found.wire == 7 * 128 * 3 / 4 + (32 + 80) / 2 + 2 * (64 + 48) / 2 + 8 * 7
@@ -118,7 +118,37 @@ def test_collectives_within_the_fusions_of_a_tpu():
     assert dict(found.counts) == {"all-gather": 1, "reduce-scatter": 1}
     assert dict(found.sizes) == {"all-gather": 16 * 512 * 2, "reduce-scatter": 512 * 1024 * 4}
     assert found.wire == 16 * 512 * 2 * 7 / 8 + 512 * 1024 * 4 * 7
-    assert found.cycles == 105
+    assert found.cycles.total() == 105
+
+
+BRANCHES = """HloModule jit_step
+
+%usual (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  ROOT %fusion.1 = f32[4]{0} fusion(%x), calls=%f, backend_config={"estimated_cycles":"70"}
+}
+
+%exception (y: f32[4]) -> f32[4] {
+  %y = f32[4]{0} parameter(0)
+  %gather.1 = f32[4]{0} gather(%y, %y), offset_dims={}
+  ROOT %fusion.2 = f32[4]{0} fusion(%gather.1), calls=%f, backend_config={"estimated_cycles":"300"}
+}
+
+ENTRY %main (p: pred[], z: f32[4]) -> f32[4] {
+  %p = pred[] parameter(0)
+  %z = f32[4]{0} parameter(1)
+  ROOT %conditional.1 = f32[4]{0} conditional(%p, %z, %z), BRANCHES, metadata={op_name="jit(step)/cond"}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "branches",
+    ["branch_computations={%exception, %usual}", "true_computation=%usual, false_computation=%exception"],
+)
+def test_of_branches_the_cheapest_counts(branches):
+    found = cost(BRANCHES.replace("BRANCHES", branches))
+    assert (found.cycles, found.silent_bytes) == ({"fusion.1": 70}, {})
 
 
 NAMED = """HloModule jit_step

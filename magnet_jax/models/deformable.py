@@ -64,17 +64,14 @@ class DeformableAttention(nn.Module):
         value = value.reshape(batch, queries, heads, channels // heads)
         samples = levels * points
         offsets = dense(heads * samples * 2, "offsets", jnp.float32, kernel_init=zeros, bias_init=fan)(query)
-        offsets = offsets.reshape(batch, queries, heads, samples, 2).transpose(4, 0, 2, 1, 3)
+        offsets = offsets.reshape(batch, queries, heads, samples, 2)
         weights = dense(heads * samples, "weights", jnp.float32, kernel_init=zeros)(query)
-        weights = jax.nn.softmax(
-            weights.reshape(batch, queries, heads, samples).transpose(0, 2, 1, 3), axis=-1
-        )
+        weights = jax.nn.softmax(weights.reshape(batch, queries, heads, samples), axis=-1)
 
         # Offsets are in pixels of the level that is sampled.
         height, width = (np.repeat([shape[axis] for shape in shapes], points) for axis in (0, 1))
-        centre = reference_points(shapes)
-        x = offsets[0] + (centre[:, :1] * width - 0.5)
-        y = offsets[1] + (centre[:, 1:] * height - 0.5)
+        centre = reference_points(shapes)[:, None]
+        x = offsets[..., 0] + (centre[..., :1] * width - 0.5)
+        y = offsets[..., 1] + (centre[..., 1:] * height - 0.5)
         out = sample(value, x, y, weights, tuple(map(tuple, shapes)), self.sampling)
-        out = out.transpose(0, 2, 1, 3).reshape(batch, queries, channels)
-        return dense(channels, "output", kernel_init=xavier_uniform)(out)
+        return dense(channels, "output", kernel_init=xavier_uniform)(out.reshape(batch, queries, channels))

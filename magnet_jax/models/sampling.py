@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magnet_jax.models import windows
+from magnet_jax.models.windows import Levels
+
 # Up to this many pixels in all levels together, sampling is a matrix product on accelerators.
 DENSE_PIXELS = 2048
 
 # Shapes of this file: value [B, S, heads, D], S pixels of all levels, level after level, row by row; x, y in pixels of
 # their own level, 0 the centre of its first one, any value (what lies outside the map is zero), and weights
-# [B, heads, Q, levels * P]; levels: (H, W) of each.
-Levels = tuple[tuple[int, int], ...]
+# [B, Q, heads, levels * P]; levels: (H, W) of each.
 
 
 def _corners(levels: Levels, points: int, x: jax.Array, y: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
@@ -35,24 +37,21 @@ def _corners(levels: Levels, points: int, x: jax.Array, y: jax.Array) -> list[tu
 def sample_gather(
     value: jax.Array, x: jax.Array, y: jax.Array, weights: jax.Array, levels: Levels
 ) -> jax.Array:
-    """Weighted sums of bilinear samples `[B, heads, Q, D]`, by gathering the four corners of every point: the reference."""
-    batch, _, heads, channels = value.shape
-    queries, samples = x.shape[2:]
-    flat = value.transpose(0, 2, 1, 3)  # [B, heads, S, D]
+    """Weighted sums of bilinear samples `[B, Q, heads, D]`, by gathering the four corners of every point: the reference."""
+    batch, queries, heads, samples = x.shape
     right, down = x - jnp.floor(x), y - jnp.floor(y)
     shares = ((1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right)
-    out = jnp.zeros((batch, heads, queries, channels), value.dtype)
+    out = jnp.zeros((*x.shape[:3], value.shape[-1]), value.dtype)
     for share, (pixel, inside) in zip(shares, _corners(levels, samples // len(levels), x, y), strict=True):
         weight = jnp.where(inside, weights * share, 0).astype(value.dtype)
-        corner = jnp.take_along_axis(flat, pixel.reshape(batch, heads, -1, 1), axis=2)
-        out += jnp.einsum(
-            "bhqp,bhqpd->bhqd", weight, corner.reshape(batch, heads, queries, samples, channels)
-        )
+        pixel = pixel.swapaxes(2, 3).reshape(batch, queries * samples, heads, 1)
+        corner = jnp.take_along_axis(value, pixel, axis=1).reshape(batch, queries, samples, heads, -1)
+        out += jnp.einsum("bqhp,bqphd->bqhd", weight, corner)
     return out
 
 
 def _hat_matrices(x: jax.Array, y: jax.Array, weights: jax.Array, levels: Levels) -> list[jax.Array]:
-    """Weight of every pixel in every query's sum, level by level: `[B, heads, Q, H * W]` each."""
+    """Weight of every pixel in every query's sum, level by level: `[B, Q, heads, H * W]` each."""
     points, matrices = x.shape[-1] // len(levels), []
     for level, (height, width) in enumerate(levels):
         matrix = 0
@@ -71,7 +70,7 @@ def _dense_forward(value, x, y, weights, levels):
     out, start = 0, 0
     for matrix in _hat_matrices(x, y, weights, levels):
         stop = start + matrix.shape[-1]
-        out += jnp.einsum("bhqn,bnhd->bhqd", matrix.astype(value.dtype), value[:, start:stop])
+        out += jnp.einsum("bqhn,bnhd->bqhd", matrix.astype(value.dtype), value[:, start:stop])
         start = stop
     return out
 
@@ -79,11 +78,11 @@ def _dense_forward(value, x, y, weights, levels):
 def _dense_backward(levels, residuals, gradient):
     value, x, y, weights = residuals
     value_gradient = [
-        jnp.einsum("bhqn,bhqd->bnhd", matrix.astype(value.dtype), gradient)
+        jnp.einsum("bqhn,bqhd->bnhd", matrix.astype(value.dtype), gradient)
         for matrix in _hat_matrices(x, y, weights, levels)
     ]
     # Only the corners of a point have a part in its gradient: pick these scalars out of the matrix's gradient.
-    matrix_gradient = jnp.einsum("bhqd,bnhd->bhqn", gradient, value, preferred_element_type=jnp.float32)
+    matrix_gradient = jnp.einsum("bqhd,bnhd->bqhn", gradient, value, preferred_element_type=jnp.float32)
     corners = _corners(levels, x.shape[-1] // len(levels), x, y)
     picked = jnp.take_along_axis(matrix_gradient, jnp.concatenate([pixel for pixel, _ in corners], -1), -1)
     g00, g01, g10, g11 = (
@@ -118,9 +117,9 @@ def _neighbourhoods(value: jax.Array, levels: Levels) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Points:
-    """The samples of all queries by the rows of a table that has a frame around every level: `[L * P, B, heads, Q]`.
+    """The samples of all queries by the rows of a table that has a frame around every level: `[L * P, B, Q, heads]`.
 
-    In a `jax.lax.scan` over them, one sample of every query: `[B, heads, Q]`.
+    In a `jax.lax.scan` over them, one sample of every query: `[B, Q, heads]`.
     """
 
     row: jax.Array  # int32: of the upper left neighbour.
@@ -144,10 +143,9 @@ class _Points:
         return cls(*(jnp.moveaxis(a, -1, 0) for a in arrays), jnp.asarray(width + frame, jnp.int32))
 
     def interleaved(self) -> _Points:
-        """The same, `[L * P, B, Q, heads]`, for a table in which every pixel has a row for each head."""
-        heads = self.row.shape[2]
-        arrays = (a.swapaxes(2, 3) for a in (self.right, self.down, self.weight, self.inside))
-        return _Points(self.row.swapaxes(2, 3) * heads + np.arange(heads), *arrays, self.line * heads)
+        """The same for a table in which every pixel has a row for each head."""
+        heads = self.row.shape[-1]
+        return dataclasses.replace(self, row=self.row * heads + np.arange(heads), line=self.line * heads)
 
     def shares(self) -> tuple[jax.Array, ...]:
         """What the upper left, upper right, lower left and lower right neighbour count."""
@@ -173,6 +171,7 @@ jax.tree_util.register_dataclass(_Points)
 
 
 def _rows_forward(value, x, y, weights, levels):
+    x, y, weights = (a.swapaxes(1, 2) for a in (x, y, weights))  # Heads first, as the table has them.
     table, channels = _neighbourhoods(value, levels), value.shape[-1]
 
     def add(total, point):
@@ -180,7 +179,7 @@ def _rows_forward(value, x, y, weights, levels):
 
     total = jnp.zeros((*x.shape[:3], 4 * channels), jnp.float32)
     total, _ = jax.lax.scan(add, total, _Points.of(x, y, weights, levels, frame=1))
-    return total.reshape(*x.shape[:3], 4, channels).sum(-2).astype(value.dtype)
+    return total.reshape(*x.shape[:3], 4, channels).sum(-2).astype(value.dtype).swapaxes(1, 2)
 
 
 def _read(table: jax.Array, rows: jax.Array) -> jax.Array:
@@ -190,11 +189,11 @@ def _read(table: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def _rows_backward(levels, residuals, gradient):
-    value, x, y, weights = residuals
+    value, *points = residuals
     channels = value.shape[-1]
     table, spread = jax.vjp(lambda value: _neighbourhoods(value, levels), value.astype(jnp.float32))
     table = table.astype(value.dtype)
-    gradient = jnp.tile(gradient.astype(jnp.float32), 4)
+    gradient = jnp.tile(gradient.astype(jnp.float32), 4).swapaxes(1, 2)
     by_corner = np.repeat(np.eye(4, dtype=np.float32), channels, axis=0)  # [4 D, 4]
     scatter = jax.vmap(jax.vmap(lambda table, rows, add: table.at[rows].add(add, mode="promise_in_bounds")))
 
@@ -208,10 +207,9 @@ def _rows_backward(levels, residuals, gradient):
         )
         return total, point.slopes(*corners)
 
-    points = _Points.of(x, y, weights, levels, frame=1)
+    points = _Points.of(*(a.swapaxes(1, 2) for a in points), levels, frame=1)
     total, gradients = jax.lax.scan(add, jnp.zeros(table.shape, jnp.float32), points)
-    x_gradient, y_gradient, weight_gradient = (jnp.moveaxis(g, 0, -1) for g in gradients)
-    return spread(total)[0].astype(value.dtype), x_gradient, y_gradient, weight_gradient
+    return spread(total)[0].astype(value.dtype), *(g.transpose(1, 3, 2, 0) for g in gradients)
 
 
 # ------------------------------------------------------------------------------- a point at a time, by separate corners
@@ -248,7 +246,7 @@ def _points_forward(value, x, y, weights, levels):
 
     points = _Points.of(x, y, weights, levels, frame=2).interleaved()
     total = jnp.zeros((*points.row.shape[1:], value.shape[-1]), jnp.float32)
-    return jax.lax.scan(add, total, points)[0].astype(value.dtype).swapaxes(1, 2)
+    return jax.lax.scan(add, total, points)[0].astype(value.dtype)
 
 
 def _points_backward(levels, residuals, gradient):
@@ -256,7 +254,7 @@ def _points_backward(levels, residuals, gradient):
     batch, _, heads, channels = value.shape
     table, spread = jax.vjp(lambda value: _padded(value, levels), value.astype(jnp.float32))
     table = table.astype(value.dtype)
-    gradient = gradient.swapaxes(1, 2).astype(jnp.float32)
+    gradient = gradient.astype(jnp.float32)
 
     def add(total, point):
         corners = []
@@ -268,15 +266,33 @@ def _points_backward(levels, residuals, gradient):
 
     points = _Points.of(x, y, weights, levels, frame=2).interleaved()
     total, gradients = jax.lax.scan(add, jnp.zeros(table.shape, jnp.float32), points)
-    return spread(total)[0].astype(value.dtype), *(g.transpose(1, 3, 2, 0) for g in gradients)
+    return spread(total)[0].astype(value.dtype), *(jnp.moveaxis(g, 0, -1) for g in gradients)
 
 
 # ------------------------------------------------------------------------------------------------------ choosing a form
 
 
+def _windows_forward(value, x, y, weights, levels):
+    return jax.lax.cond(
+        windows.covered(x, y, levels),
+        lambda *arrays: windows.forward(*arrays, levels),
+        lambda *arrays: _rows_forward(*arrays, levels),
+        *(value, x, y, weights),
+    )
+
+
+def _windows_backward(levels, residuals, gradient):
+    return jax.lax.cond(
+        windows.covered(residuals[1], residuals[2], levels),
+        lambda *arrays: windows.backward(levels, *arrays),
+        lambda *arrays: _rows_backward(levels, *arrays),
+        *(residuals, gradient),
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _sample(value, x, y, weights, levels: Levels, form: str):
-    return _by_platform(0, form, levels)(value, x, y, weights)
+    return _by_platform(0, form, levels, x.shape[1])(value, x, y, weights)
 
 
 def _sample_forward(value, x, y, weights, levels, form):
@@ -284,7 +300,7 @@ def _sample_forward(value, x, y, weights, levels, form):
 
 
 def _sample_backward(levels, form, residuals, gradient):
-    return _by_platform(1, form, levels)(residuals, gradient)
+    return _by_platform(1, form, levels, residuals[1].shape[1])(residuals, gradient)
 
 
 _sample.defvjp(_sample_forward, _sample_backward)
@@ -293,10 +309,11 @@ _FORMS = {
     "dense": (_dense_forward, _dense_backward),
     "rows": (_rows_forward, _rows_backward),
     "points": (_points_forward, _points_backward),
+    "windows": (_windows_forward, _windows_backward),
 }
 
 
-def _by_platform(direction: int, form: str, levels: Levels):
+def _by_platform(direction: int, form: str, levels: Levels, queries: int):
     def of(name):
         function = _FORMS[name][direction]
         if direction:
@@ -305,9 +322,14 @@ def _by_platform(direction: int, form: str, levels: Levels):
 
     if form != "auto":
         return of(form)
-    few = sum(height * width for height, width in levels) <= DENSE_PIXELS
-    elsewhere = of("dense" if few else "rows")
-    return lambda *arrays: jax.lax.platform_dependent(*arrays, cpu=of("points"), default=elsewhere)
+    pixels = sum(height * width for height, width in levels)
+    few, own = pixels <= DENSE_PIXELS, queries == pixels
+    return lambda *arrays: jax.lax.platform_dependent(
+        *arrays,
+        cpu=of("points"),
+        tpu=of("dense" if few else "windows" if own else "rows"),
+        default=of("dense" if few else "rows"),
+    )
 
 
 FORMS = ("gather", *_FORMS)
@@ -316,14 +338,21 @@ FORMS = ("gather", *_FORMS)
 def sample(
     value: jax.Array, x: jax.Array, y: jax.Array, weights: jax.Array, levels: Levels, form: str = "auto"
 ) -> jax.Array:
-    """Weighted sums of bilinear samples `[B, heads, Q, D]`; value `[B, S, heads, D]`, the rest `[B, heads, Q, L * P]`.
+    """Weighted sums of bilinear samples `[B, Q, heads, D]`; value `[B, S, heads, D]`, the rest `[B, Q, heads, L * P]`.
 
     S pixels of all levels (H, W), level after level, row by row; x, y in pixels of their own level, 0 the centre of its
-    first one, any value: what lies outside the map is zero. All forms give the same values and gradients: 'gather' the four
-    corners of every point at once (the reference); 'dense', products of [Q, S] matrices of hat-function weights with the
-    values, for few pixels; 'points', a point at a time, corner by corner, for CPUs; 'rows', a point at a time, which reads
-    one long row with all four corners; 'auto' chooses by the number of pixels and by the platform that is compiled for.
+    first one, any value: what lies outside the map is zero. All forms give the same values and gradients:
+
+    - 'gather', the four corners of every point at once: the reference;
+    - 'dense', products of [Q, S] matrices of hat-function weights with the values, for few pixels;
+    - 'windows', the same within windows around the queries, for TPUs; queries must be the pixels themselves (ValueError);
+      where a sample is outside its window, at run time, 'rows' instead;
+    - 'rows', a point at a time, which reads one long row with all four corners;
+    - 'points', a point at a time, corner by corner, for CPUs;
+    - 'auto' chooses by the platform that is compiled for and the number of pixels.
     """
     if form == "gather":
         return sample_gather(value, x, y, weights, levels)
+    if form == "windows" and x.shape[1] != value.shape[1]:
+        raise ValueError(f"'windows' needs a query for each of the {value.shape[1]} pixels; got {x.shape[1]}")
     return _sample(value, x, y, weights, levels, form)
