@@ -16,6 +16,8 @@ _CONTAINERS = ("while", "call", "conditional")  # Stand for other operations.
 _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([\d,]*)\]")
 # Operations of a kind that takes time by itself; where the compiler says nothing of one, only its bytes are known.
 _SILENT = ("fusion", "gather", "scatter", "custom-call", "sort", "convolution", "dot")
+# Custom calls of a TPU's compiler that only name memory or say something of it.
+_FREE = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 
 
 @dataclasses.dataclass
@@ -144,7 +146,7 @@ def _add_line(total: Cost, line: str, shapes: dict, of, computations: dict[str, 
     cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
     if cycles:
         total.cycles[_operation(line)] += int(cycles[1])
-    elif operation in _SILENT:
+    elif operation in _SILENT and not any(f'custom_call_target="{name}"' in rest for name in _FREE):
         operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
         total.silent_bytes[_operation(line)] += size + sum(shapes.get(operand, 0) for operand in operands)
 

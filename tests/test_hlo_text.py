@@ -38,6 +38,8 @@ ENTRY %main (p: f32[16]) -> f32[16] {
   %while.1 = (s32[], f32[8]{0}) while(%init), condition=%condition.1, body=%body.1
   %all-reduce.1 = f32[16]{0} all-reduce(%p), replica_groups=mesh['data'=4,'fsdp'=2] {'fsdp'}, to_apply=%add
   %reduce-scatter.1 = f32[2]{0} reduce-scatter(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %free.1 = f32[16]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %call.1 = f32[16]{0} custom-call(%p), custom_call_target="GatherScatterIndicesBitpacked"
   %start = (f32[4]{0}, f32[8]{0}) all-gather-start(%q), replica_groups=[4,2]<=[8]
   %done = f32[8]{0} all-gather-done(%start)
   %some = ((f32[4]{0:T(8)(2,1)}, f32[2,3]), (f32[8]{0:T(8)(2,1)}, f32[4,3])) all-gather-start(%q), replica_groups=[4,2]<=[8]
@@ -50,7 +52,7 @@ ENTRY %main (p: f32[16]) -> f32[16] {
 def test_text_written_by_hand():
     found = cost(TEXT)
     assert found.cycles == {"copy.1": 11, "fusion.1": 7 * 100}
-    assert found.silent_bytes == {"gather.1": 7 * (16 + 32 + 32)}
+    assert found.silent_bytes == {"gather.1": 7 * (16 + 32 + 32), "call.1": 128}
     assert dict(found.counts) == {"all-gather": 7 + 2, "all-reduce": 2, "reduce-scatter": 1}
     assert dict(found.sizes) == {"all-gather": 7 * 128 + 32 + 80, "all-reduce": 64 + 48, "reduce-scatter": 8}
     assert found.wire == 7 * 128 * 3 / 4 + (32 + 80) / 2 + 2 * (64 + 48) / 2 + 8 * 7
