@@ -110,7 +110,7 @@ def count_flops(jaxpr) -> int:
     """FLOPs of matrix products and convolutions of a program, bodies of scans as often as they run.
 
     A product of [m, k] and [k, n] is 2 m k n. What is computed again for the backward pass (remat) counts again; of
-    branches counts the most expensive.
+    branches counts the cheapest: that samples are products on some platforms is no work that the network asks for.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -124,7 +124,7 @@ def count_flops(jaxpr) -> int:
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_features
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         inner = [count_flops(jaxpr) for jaxpr in _inner_jaxprs(equation.params)]
-        total += times * (max(inner, default=0) if equation.primitive.name == "cond" else sum(inner))
+        total += times * (min(inner) if equation.primitive.name == "cond" else sum(inner))
     return total
 
 

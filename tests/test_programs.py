@@ -73,8 +73,8 @@ def test_flops_of_products_convolutions_and_loops():
         flops(lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, None, length=9)[0], square)
         == 9 * 2 * 4**3
     )
-    branches = [lambda x: x @ x, lambda x: x @ x @ x, lambda x: x]
-    assert flops(lambda x: jax.lax.switch(x[0, 0].astype(int), branches, x), square) == 2 * 2 * 4**3
+    branches = [lambda x: x @ x @ x, lambda x: x @ x, lambda x: x @ x @ x @ x]
+    assert flops(lambda x: jax.lax.switch(x[0, 0].astype(int), branches, x), square) == 2 * 4**3
     again = jax.checkpoint(lambda x: jnp.sin(x @ x))
     assert flops(jax.jit(lambda x: again(x) + x @ x), square) == 2 * 2 * 4**3
 
