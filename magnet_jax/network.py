@@ -62,9 +62,23 @@ class Network:
         return {"params": params, "batch_stats": variables.get("batch_stats", {})}
 
     def apply(self, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> Output:
-        """The model on a batch, as evaluation and prediction use it."""
+        """The model on a batch, as evaluation and prediction use it; which picture belongs to which sentence may be said in
+        `batch['pairs']`."""
         of_model = {"params": variables["params"]["model"], "batch_stats": variables["batch_stats"]}
-        return self.model.apply(of_model, normalise(batch["image"]), batch["text_ids"], batch["text_mask"])
+        pairs = {"pairs": batch["pairs"]} if "pairs" in batch else {}
+        return self.model.apply(
+            of_model, normalise(batch["image"]), batch["text_ids"], batch["text_mask"], **pairs
+        )
+
+    def with_closed_gates(self, variables: Mapping[str, Any]) -> Network:
+        """The same network, spared the language gates where these variables hold them at exactly zero."""
+        if not getattr(self.model, "alignment", False):
+            return self
+        params = variables["params"]["model"]
+        gates = [params[name] for name in params if name.startswith("text_gate_")]
+        # Without biases, and with nothing but ReLU between, a gate is zero where either of its linear layers is.
+        open_gates = [g for g in gates if jnp.any(g["fc1"]["kernel"]) and jnp.any(g["fc2"]["kernel"])]
+        return dataclasses.replace(self, model=self.model.clone(closed_gates=not open_gates))
 
 
 def normalise(image: jax.Array) -> jax.Array:
@@ -88,7 +102,12 @@ def build_model(config: ConfigDict, platform: str | None = None) -> nn.Module:
         raise UserError(f"config.model.name is '{name}'; expected one of {', '.join(MODELS)}")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"config.model.dtype is '{dtype}'; expected 'float32' or 'bfloat16'")
-    known = {field.name for field in dataclasses.fields(MODELS[name])} - {"parent", "name", "batch_axis"}
+    known = {field.name for field in dataclasses.fields(MODELS[name])} - {
+        "parent",
+        "name",
+        "batch_axis",
+        "closed_gates",
+    }
     try:
         Remat(tuple(fields.get("remat", ())), fields.get("remat_policy", "nothing"))
     except ValueError as error:

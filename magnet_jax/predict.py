@@ -1,8 +1,9 @@
 """Prediction: one image, any number of sentences, masks at the image's own size."""
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -38,7 +39,8 @@ class Predictor:
 
     def __init__(self, trained: Trained):
         self.trained = trained
-        self._logits = jax.jit(lambda variables, batch: trained.network.apply(variables, batch).mask_logits)
+        network = trained.network.with_closed_gates(trained.variables)
+        self._logits = jax.jit(lambda variables, batch: network.apply(variables, batch).mask_logits)
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, config: ConfigDict | None = None) -> "Predictor":
@@ -48,27 +50,44 @@ class Predictor:
     def predict(
         self, image: str | Path | bytes | Image.Image, texts: Sequence[str], batch_size: int = 8
     ) -> list[Prediction]:
-        """One prediction per sentence.
+        """One prediction per sentence, `batch_size` of them at a time.
 
         Raises DataError for an image that cannot be read and for an empty sentence; warns on stderr about sentences
         that are cut and words that the vocabulary lacks.
         """
-        image = ops.open_image(image)
+        return next(self.predict_all([image], texts, batch_size))
+
+    def predict_all(
+        self, images: Iterable[str | Path | bytes | Image.Image], texts: Sequence[str], batch_size: int = 8
+    ) -> Iterator[list[Prediction]]:
+        """What every sentence refers to in every image: of each image in turn, one prediction per sentence.
+
+        `batch_size` pairs at a time, of several images where the sentences are few. What depends on the image alone is
+        computed once for it, and what depends on the sentence alone once for a batch. Raises and warns as `predict`.
+        """
         ids, words = self._encode(texts)
+        together = max(1, batch_size // len(texts))  # Images.
+        images = iter(images)
+        while opened := [ops.open_image(image) for image in itertools.islice(images, together)]:
+            yield from self._predict(opened, texts, ids, words, batch_size, together)
+
+    def _predict(self, images, texts, ids, words, batch_size: int, together: int) -> list[list[Prediction]]:
         side = self.trained.config.data.image_size
-        pixels = ops.prepare_image(image, (side, side))
-        batch_size = min(batch_size, len(texts))
-        images = np.broadcast_to(pixels, (batch_size, *pixels.shape))
-        predictions = []
-        for start in range(0, len(texts), batch_size):
-            rows = np.minimum(
-                np.arange(start, start + batch_size), len(texts) - 1
-            )  # The last batch repeats a row.
-            batch = {"image": images, "text_ids": ids[rows], "text_mask": words[rows]}
+        pixels = [ops.prepare_image(image, (side, side)) for image in images]
+        # Sizes that stay the same from batch to batch, for one program: what is missing is repeated, and its result left.
+        pixels = np.stack(pixels + pixels[-1:] * (together - len(pixels)))
+        at_once = min(batch_size, len(texts))
+        found: list[list[Prediction]] = [[] for _ in images]
+        for start in range(0, len(texts), at_once):
+            rows = np.minimum(np.arange(start, start + at_once), len(texts) - 1)
+            pairs = np.indices((together, at_once)).reshape(2, -1)
+            batch = {"image": pixels, "text_ids": ids[rows], "text_mask": words[rows], "pairs": pairs}
             logits = np.asarray(self._logits(self.trained.variables, batch))
-            for text, small in zip(texts[start : start + batch_size], logits, strict=False):
-                predictions.append(_prediction(text, upsample(small, (image.height, image.width))))
-        return predictions
+            for (number, column), small in zip(pairs.T, logits, strict=True):
+                if number < len(images) and start + column < len(texts):
+                    image, text = images[number], texts[start + column]
+                    found[number].append(_prediction(text, upsample(small, (image.height, image.width))))
+        return found
 
     def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         tokenizer = self.trained.tokenizer

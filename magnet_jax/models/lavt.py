@@ -58,8 +58,8 @@ class Lavt(nn.Module):
     """The network of "LAVT: Language-Aware Vision Transformer for Referring Image Segmentation" (arXiv 2112.02244).
 
     image `[B, H, W, 3]` normalised, text_ids `[B, L]`, text_mask `[B, L]` of {0, 1} -> `Output`; without deep
-    supervision, class logits and text embedding. Fields `swin` and `bert` hold the fields of these modules. Random
-    numbers for training: 'dropout'; running statistics: 'batch_stats'. Spec section 8.
+    supervision, class logits and text embedding; `pairs` as of MagNet. Fields `swin` and `bert` hold the fields of these
+    modules. Random numbers for training: 'dropout'; running statistics: 'batch_stats'. Spec section 8.
     """
 
     swin: Mapping[str, Any]
@@ -85,15 +85,19 @@ class Lavt(nn.Module):
         self.image_norm = [LayerNorm() for _ in range(4)]
         self.decoder = ConvDecoder(dtype, self.batch_axis)
 
-    def __call__(self, image, text_ids, text_mask, *, train: bool = False) -> Output:
+    def __call__(self, image, text_ids, text_mask, pairs=None, *, train: bool = False) -> Output:
         words = self.text.embeddings(text_ids, train=train)
         bias = attention_bias(text_mask)
         for part in range(len(self.text.splits)):
             words = self.text.layers(part, words, bias, train=train)
+        if pairs is not None:
+            words, text_mask = words[pairs[1]], text_mask[pairs[1]]
         x = self.image.patch_embed(image)
         stage_features = []
         for k in range(4):
             x = self.image.stage[k](x, train=train)
+            if pairs is not None and k == 0:
+                x = x[pairs[0]]
             flat = x.reshape(x.shape[0], -1, x.shape[-1])
             r = self.image_fusion[k](flat, words, text_mask, train=train).reshape(x.shape)
             stage_features.append(self.image_norm[k](r))

@@ -20,8 +20,10 @@ from magnet_jax.models.swin import Swin
 class MagNet(nn.Module):
     """The network of "Mask Grounding for Referring Image Segmentation" (arXiv 2312.12198); spec sections 1-4.
 
-    image `[B, H, W, 3]` normalised, text_ids `[B, L]`, text_mask `[B, L]` of {0, 1} -> `Output`. Fields `swin`, `bert`,
-    `pixel_decoder` and `mask_predictor` hold the fields of these modules. Random numbers for training: 'dropout'.
+    image `[B, H, W, 3]` normalised, text_ids `[B, L]`, text_mask `[B, L]` of {0, 1} -> `Output`. With `pairs`, two rows of
+    numbers `[2, N]`, image and text may be of different number, and the output is of N examples: picture `pairs[0]` with
+    sentence `pairs[1]`; what depends on one of them only is computed once. Fields `swin`, `bert`, `pixel_decoder` and
+    `mask_predictor` hold the fields of these modules. Random numbers for training: 'dropout'.
     """
 
     swin: Mapping[str, Any]
@@ -35,6 +37,9 @@ class MagNet(nn.Module):
     fusion_dropout: float = 0.0
     language_fusion: str = "masked"  # or 'released', which published weights need
     gate_init: str = "open"  # or 'released'
+    # Language gates that are exactly zero, of which a run can be sure: words do not depend on the picture, and with `pairs`
+    # BERT runs once for each sentence.
+    closed_gates: bool = False
     remat: Sequence[str] = ()  # parts that the backward pass computes again, see `layers.Remat`
     remat_policy: str = "nothing"
     dtype: Any = jnp.float32
@@ -59,14 +64,20 @@ class MagNet(nn.Module):
         self.predictor = MaskPredictor(**self.mask_predictor, dtype=dtype)
         self.lang_proj = fan_in_dense(self.decoder.channels, self.text.hidden, dtype=dtype)
 
-    def __call__(self, image, text_ids, text_mask, *, train: bool = False) -> Output:
+    def __call__(self, image, text_ids, text_mask, pairs=None, *, train: bool = False) -> Output:
+        blind = self.closed_gates or not self.alignment  # Words do not depend on the picture.
         word_bias = attention_bias(text_mask)
         x = self.image.patch_embed(image)
-        words = self.text.embeddings(text_ids, train=train)
+        sentences = self.text.embeddings(text_ids, train=train)
         stage_features, image_context, word_context = [], [], []
         for k in range(4):
             x = self.image.stage[k](x, train=train)
-            words = self.text.layers(k, words, word_bias, train=train)
+            words = sentences = self.text.layers(k, sentences, word_bias, train=train)
+            if pairs is not None and k == 0:
+                x, text_mask = x[pairs[0]], text_mask[pairs[1]]
+                word_bias = word_bias if blind else attention_bias(text_mask)
+            if pairs is not None and (k == 0 or blind):
+                words = sentences[pairs[1]]
             s, r = self.image_fusion[k](x, words, text_mask, train=train)
             stage_features.append(s)
             image_context.append(self.image_norm[k](r))
@@ -74,7 +85,10 @@ class MagNet(nn.Module):
                 # The ungated x, as it left the stage.
                 r_l = self.text_fusion[k](words, x.reshape(x.shape[0], -1, x.shape[-1]), text_mask)
                 word_context.append(self.text_norm[k](r_l))
-                words += self.text_gate[k](r_l) * r_l
+                if not blind:
+                    words += self.text_gate[k](r_l) * r_l
+            if not blind:
+                sentences = words
             x += self.image_gate[k](r) * r
             if k < 3:
                 x = self.image.merge[k](x)
