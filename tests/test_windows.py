@@ -78,6 +78,24 @@ def test_one_sample_far_away_is_not_covered(axis, bad):
     assert not windows.covered(*arrays[1:3], LEVELS)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_windows_end_where_they_say(axis):
+    """A sample needs both of its neighbours, and a slope the right one even at a pixel's centre."""
+    arrays, cells = inputs(0.0), windows._cells(LEVELS)
+    query = (
+        PIXELS - LEVELS[-1][0] * LEVELS[-1][1] // 2 + LEVELS[-1][1] // 2
+    )  # In the middle of the finest map.
+    cell = np.unravel_index(cells.places[query] // cells.queries.shape[1], cells.grid)[axis]
+    rows = cells.axes[-1][axis]
+    first, last = int(rows.first[cell]), int(rows.first[cell]) + rows.length - 1
+    assert 0 < first < last < rows.size - 1
+    places = [(first, True), (first - 0.01, False), (last - 0.01, True), (last, False), (last + 0.5, False)]
+    for place, expected in places:
+        moved = list(arrays)
+        moved[2 - axis] = moved[2 - axis].at[0, query, 0, -1].set(place)
+        assert bool(windows.covered(*moved[1:3], LEVELS)) is expected, place
+
+
 def test_what_is_covered_is_exact():
     """Against gather; and each window ends where it says, so that a sample it does not cover would be lost."""
     for reach in (1.0, float(windows.REACH)):
