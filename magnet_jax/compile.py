@@ -13,10 +13,10 @@ import jax
 from ml_collections import ConfigDict
 
 from magnet_jax import hardware
-from magnet_jax.hlo_text import Cost, cost, operation_names
+from magnet_jax.hlo_text import cost
 from magnet_jax.programs import build_program, complete
 from magnet_jax.sharding import make_mesh
-from magnet_jax.trace import direction_of, name_of, part_of
+from magnet_jax.trace import by_part, names_of_operations, part_of
 from magnet_jax.workdir import write_json
 
 
@@ -98,35 +98,23 @@ def _of_compiled(compiled, text: str, chip: hardware.Chip, report: dict) -> dict
     }
     if chip.clock and found.cycles:
         # The compiler tells no cycles of gathers and the like: for these the time that their bytes take is added.
-        compute = found.cycles.total() / chip.clock
-        silent = found.silent_bytes.total() / chip.bandwidth
-        seconds = compute + silent
-        per_device = report["batch_size"] / report["devices"]
+        compute = {operation: cycles / chip.clock for operation, cycles in found.cycles.items()}
+        silent = {operation: size / chip.bandwidth for operation, size in found.silent_bytes.items()}
+        seconds = sum(compute.values()) + sum(silent.values())
+        names = names_of_operations(text)
         result |= {
             "seconds": seconds,
-            "seconds_of_cycles": compute,
-            "seconds_of_silent_bytes": silent,
-            "images_per_second_per_device": per_device / seconds,
+            "seconds_of_cycles": sum(compute.values()),
+            "seconds_of_silent_bytes": sum(silent.values()),
+            "images_per_second_per_device": report["batch_size"] / report["devices"] / seconds,
             "utilisation": report["flops"] / report["devices"] / seconds / chip.peak,
-            **_by_part(found, text, chip),
+            "parts": by_part(compute | silent, names),
+            "silent": [
+                {"operation": operation, "part": part_of(names.get(operation, "")), "bytes": size}
+                for operation, size in found.silent_bytes.most_common()
+            ],
         }
     return result
-
-
-def _by_part(found: Cost, text: str, chip: hardware.Chip) -> dict[str, Any]:
-    """Seconds by the parts of the network, and all operations of which only the bytes are known, the largest first."""
-    names = {operation: name_of(candidates) for operation, candidates in operation_names(text).items()}
-    parts: dict[str, dict[str, float]] = {}
-    for operations, rate in ((found.cycles, chip.clock), (found.silent_bytes, chip.bandwidth)):
-        for operation, amount in operations.items():
-            name = names.get(operation, "")
-            part = parts.setdefault(part_of(name), {"forward": 0.0, "backward": 0.0})
-            part[direction_of(name)] += amount / rate
-    silent = [
-        {"operation": operation, "part": part_of(names.get(operation, "")), "bytes": size}
-        for operation, size in found.silent_bytes.most_common()
-    ]
-    return {"parts": dict(sorted(parts.items(), key=lambda item: -sum(item[1].values()))), "silent": silent}
 
 
 def line(report: dict[str, Any]) -> str:

@@ -21,7 +21,6 @@ class Chip:
     memory: float
     bandwidth: float
     clock: float = 0.0
-    single: float = 1.0  # Share of the peak that float32 has.
 
 
 # Makers' figures; a TPU's clock is its peak over the FLOPs of its matrix units a cycle.

@@ -55,7 +55,7 @@ class Predictor:
         Raises DataError for an image that cannot be read and for an empty sentence; warns on stderr about sentences
         that are cut and words that the vocabulary lacks.
         """
-        return next(self.predict_all([image], texts, batch_size))
+        return next(self.predict_all([image], texts, min(batch_size, max(1, len(texts)))))
 
     def predict_all(
         self, images: Iterable[str | Path | bytes | Image.Image], texts: Sequence[str], batch_size: int = 8
@@ -63,8 +63,11 @@ class Predictor:
         """What every sentence refers to in every image: of each image in turn, one prediction per sentence.
 
         `batch_size` pairs at a time, of several images where the sentences are few. What depends on the image alone is
-        computed once for it, and what depends on the sentence alone once for a batch. Raises and warns as `predict`.
+        computed once for it, and what depends on the sentence alone once for a batch. Raises and warns as `predict`, and
+        ValueError where there is no sentence.
         """
+        if not texts:
+            raise ValueError("texts is empty; give at least one sentence")
         ids, words = self._encode(texts)
         together = max(1, batch_size // len(texts))  # Images.
         images = iter(images)

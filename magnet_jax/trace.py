@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -49,14 +49,26 @@ def seconds_by_part(file: str | Path, hlo_text: str) -> dict[str, dict[str, floa
     hlo_text: of the compiled program. Where operations run at the same time, each has its share of it, so that the sum is
     the time in which any ran.
     """
-    named = {operation: name_of(names) for operation, names in operation_names(hlo_text).items()}
-    intervals = [interval for interval in _events(file) if interval[2] in named]
+    names = names_of_operations(hlo_text)
+    return by_part(shares(interval for interval in _events(file) if interval[2] in names), names)
+
+
+def by_part(seconds: Mapping[str, float], names: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """Adds up seconds of operations, whose names are given: `{part: {"forward": s, "backward": s}}`."""
     found: dict[str, dict[str, float]] = {}
-    for operation, seconds in shares(intervals).items():
-        name = named[operation]
-        found.setdefault(part_of(name), {"forward": 0.0, "backward": 0.0})[direction_of(name)] += seconds
+    for operation, duration in seconds.items():
+        name = names.get(operation, "")
+        row = found.setdefault(part_of(name), {"forward": 0.0, "backward": 0.0})
+        row["backward" if "transpose(" in name else "forward"] += (
+            duration  # Gradients flow through the former.
+        )
     order = [part for part, _ in PARTS] + [_OTHER]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
+
+
+def names_of_operations(hlo_text: str) -> dict[str, str]:
+    """The name in the network of every operation of a compiled program: of its names the first that belongs to a part."""
+    return {operation: _name(candidates) for operation, candidates in operation_names(hlo_text).items()}
 
 
 def part_of(name: str) -> str:
@@ -64,13 +76,8 @@ def part_of(name: str) -> str:
     return next((part for part, pattern in PARTS if re.search(pattern, name)), _OTHER)
 
 
-def direction_of(name: str) -> str:
-    """'backward' for an operation that gradients flow through, else 'forward'."""
-    return "backward" if "transpose(" in name else "forward"
-
-
-def name_of(candidates: list[str]) -> str:
-    """Of the names of an operation the first that belongs to a part; where there is none, its own."""
+def _name(candidates: list[str]) -> str:
+    """The first name that belongs to a part; where there is none, the operation's own."""
     return next((name for name in candidates if part_of(name) != _OTHER), candidates[0])
 
 

@@ -1,13 +1,15 @@
 """Compiling for hardware that is not here: on virtual CPU devices, whose compiler is always there."""
 
 import json
+import re
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
 import pytest
 
 from magnet_jax import hardware, programs
-from magnet_jax.compile import HEADER, compile_all, compile_for, line
+from magnet_jax.compile import HEADER, _of_compiled, compile_all, compile_for, line
 from magnet_jax.errors import UserError
 from magnet_jax.network import Network
 from magnet_jax.programs import complete
@@ -91,3 +93,35 @@ def test_what_does_not_suit_the_topology_is_refused():
         compile_for(ready(), "cpu:2", "serve")
     with pytest.raises(UserError, match="does not fit the 2 devices"):
         compile_for(ready(mesh=(("data", 3),)), "cpu:2")
+
+
+OF_A_TPU = """HloModule jit_step
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[1000]{0} parameter(0)
+  %fusion.1 = f32[4]{0} fusion(%x), metadata={op_name="jvp(MagNet)/stage_2/mul"}, cycles=3000
+  %fusion.2 = f32[4]{0} fusion(%x), metadata={op_name="transpose(jvp(M))/stage_2/mul"}, cycles=1500
+  ROOT %gather.1 = f32[500]{0} gather(%x, %x), metadata={op_name="jit(step)/jvp(MagNet)/decoder/layer_0/attn/gather"}
+}
+"""
+
+
+def test_time_on_a_tpu_by_part():
+    """Cycles over the clock where the compiler tells them, else bytes over the memory's bandwidth, and these listed."""
+    chip = hardware.CHIPS["v5e"]
+    sizes = {f"{kind}_size_in_bytes": 0 for kind in ("argument", "output", "temp", "generated_code", "alias")}
+    compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
+    text = re.sub(r"cycles=(\d+)", r'backend_config={"estimated_cycles":"\1"}', OF_A_TPU)
+    report = _of_compiled(compiled, text, chip, {"batch_size": 8, "devices": 4, "flops": 4e6})
+    size = 4 * (500 + 1000 + 1000)
+    assert report["parts"] == {
+        "deformable attention": {"forward": pytest.approx(size / chip.bandwidth), "backward": 0},
+        "Swin stage 3": {
+            "forward": pytest.approx(3000 / chip.clock),
+            "backward": pytest.approx(1500 / chip.clock),
+        },
+    }
+    assert report["seconds"] == pytest.approx(4500 / chip.clock + size / chip.bandwidth)
+    assert report["images_per_second_per_device"] == pytest.approx(2 / report["seconds"])
+    assert report["utilisation"] == pytest.approx(1e6 / report["seconds"] / chip.peak)
+    assert report["silent"] == [{"operation": "gather.1", "part": "deformable attention", "bytes": size}]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
@@ -128,6 +129,17 @@ def test_predictions_of_several_images_equal_those_of_each(name, texts):
             (single,) = predictor.predict(image, [text])
             assert (ours.text, ours.mask.shape) == (text, (image.height, image.width))
             np.testing.assert_allclose(ours.logits, single.logits, atol=1e-4)
+
+
+def test_one_sentence_is_one_row():
+    """Whatever the batch size: nothing is computed that nobody asked for."""
+    predictor, (image, *_) = Predictor(trained()), pictures(1)
+    with mock.patch.object(predictor, "_logits", wraps=predictor._logits) as logits:
+        predictor.predict(image, TEXTS[:1])
+        batch = logits.call_args.args[1]
+    assert [len(batch[key]) for key in ("image", "text_ids")] == [1, 1]
+    with pytest.raises(ValueError, match="texts is empty"):
+        predictor.predict(image, [])
 
 
 def test_more_sentences_than_a_batch():

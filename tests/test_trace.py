@@ -16,9 +16,9 @@ def test_time_in_which_several_run_is_divided():
 
 def test_a_fusion_belongs_to_what_is_within_it():
     nowhere, somewhere = "jit(step)/add", "jit(step)/jvp(MagNet)/stage_1/mul"
-    assert trace.name_of([nowhere, "", somewhere, "jit(step)/optimizer/mul"]) == somewhere
-    assert trace.name_of([somewhere, "jit(step)/optimizer/mul"]) == somewhere
-    assert trace.name_of([nowhere, ""]) == nowhere
+    assert trace._name([nowhere, "", somewhere, "jit(step)/optimizer/mul"]) == somewhere
+    assert trace._name([somewhere, "jit(step)/optimizer/mul"]) == somewhere
+    assert trace._name([nowhere, ""]) == nowhere
 
 
 @pytest.mark.parametrize(

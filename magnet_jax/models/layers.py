@@ -69,15 +69,9 @@ def _linear_backward(residuals, gradient):
     x, kernel, bias = residuals
     gradient = _split(gradient)
     leading = tuple(range(x.ndim - 1))
-    # A CPU transposes the first factor before it multiplies: let that be the smaller one. (Not in bfloat16, of which it
-    # lacks the product that is then asked for.)
-    swapped = x.dtype == jnp.float32 and x.shape[-1] > gradient.shape[-1]
     kernel_gradient = jax.lax.dot_general(
-        *((gradient, x) if swapped else (x, gradient)),
-        ((leading, leading), ((), ())),
-        preferred_element_type=kernel.dtype,
+        x, gradient, ((leading, leading), ((), ())), preferred_element_type=kernel.dtype
     )
-    kernel_gradient = kernel_gradient.T if swapped else kernel_gradient
     bias_gradient = None if bias is None else gradient.astype(bias.dtype).sum(leading)
     return _split(gradient @ kernel.astype(x.dtype).T), kernel_gradient, bias_gradient
 
