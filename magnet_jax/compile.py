@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import time
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from magnet_jax import hardware
 from magnet_jax.hlo_text import cost
+from magnet_jax.kernel_text import kernel_cycles
 from magnet_jax.programs import build_program, complete
 from magnet_jax.sharding import make_mesh
 from magnet_jax.trace import by_part, names_of_operations, part_of
@@ -46,7 +48,7 @@ def compile_for(config: ConfigDict, topology: str, step: str = "train") -> dict[
     lowered = program.function.lower(program.state, program.batch)
     start = time.perf_counter()
     try:
-        compiled, text = _compile(lowered, chip.platform)
+        compiled, text, kernels = _compile(lowered, chip.platform)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -62,22 +64,25 @@ def compile_for(config: ConfigDict, topology: str, step: str = "train") -> dict[
             "compile_seconds": time.perf_counter() - start,
         }
     report["compile_seconds"] = time.perf_counter() - start
-    return report | _of_compiled(compiled, text, chip, report)
+    return report | _of_compiled(compiled, text, kernels, chip, report)
 
 
-def _compile(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:
-    """The compiled program, and its text."""
+def _compile(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str, dict[str, int]]:
+    """The compiled program, its text, and the cycles of kernels of ours in it."""
     if platform != "tpu":
         compiled = lowered.compile()
-        return compiled, compiled.as_text()
+        return compiled, compiled.as_text(), {}
     # jaxlib cannot always read a TPU's program, which may hold operations that only libtpu knows: it has to print it.
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, hardware.schedules() as schedules:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         (file,) = Path(folder).glob("*.after_codegen.txt")
-        return compiled, file.read_text()
+        text = file.read_text()
+        return compiled, text, kernel_cycles(text, schedules)
 
 
-def _of_compiled(compiled, text: str, chip: hardware.Chip, report: dict) -> dict[str, Any]:
+def _of_compiled(
+    compiled, text: str, kernels: dict[str, int], chip: hardware.Chip, report: dict
+) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     kinds = {
         "arguments": memory.argument_size_in_bytes,
@@ -86,7 +91,7 @@ def _of_compiled(compiled, text: str, chip: hardware.Chip, report: dict) -> dict
         "code": memory.generated_code_size_in_bytes,
     }
     total = sum(kinds.values()) - memory.alias_size_in_bytes
-    found = cost(text)
+    found = cost(text, kernels, chip.bandwidth / chip.clock if chip.clock else math.inf)
     result = {
         "fits": not chip.memory or total <= chip.memory,
         "bytes": kinds

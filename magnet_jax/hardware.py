@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 from jax.experimental import topologies
 
 from magnet_jax.errors import UserError
+from magnet_jax.kernel_text import PASS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,8 @@ def prepare(names: Sequence[str]) -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # Compiling takes no chip from anybody.
+    if any(CHIPS[parse(name)[0]].platform == "tpu" for name in names):
+        _print_schedules()
     # Nothing can be tried out on a GPU that is not there, and untried Triton has no tiles for some of the products.
     untried = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {untried}".strip()
@@ -59,6 +65,26 @@ def prepare(names: Sequence[str]) -> None:
     counts = [parse(name)[1] for name in names if parse(name)[0] == "cpu"]
     if counts:
         jax.config.update("jax_num_cpu_devices", max(int(count) for count in counts))
+
+
+def _print_schedules() -> None:
+    """Has libtpu write the schedules of all that it compiles; it can be told so only before it is loaded."""
+    folder = tempfile.TemporaryDirectory()
+    wanted = f"--xla_jf_dump_to={folder.name} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^{PASS}$"
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {wanted}".strip()
+    _folders.append(folder)
+
+
+_folders: list[tempfile.TemporaryDirectory] = []
+
+
+@contextlib.contextmanager
+def schedules() -> Iterator[Path]:
+    """The folder of the schedules of what is compiled meanwhile, after `prepare` for a TPU."""
+    folder = Path(_folders[-1].name)
+    yield folder
+    for file in folder.iterdir():
+        file.unlink()
 
 
 def parse(name: str) -> tuple[str, str]:

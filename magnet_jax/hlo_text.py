@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -15,7 +16,28 @@ _LINE = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _CONTAINERS = ("while", "call", "conditional")  # Stand for other operations.
 _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([\d,]*)\]")
 # Operations of a kind that takes time by itself; where the compiler says nothing of one, only its bytes are known.
-_SILENT = ("fusion", "gather", "scatter", "custom-call", "sort", "convolution", "dot")
+_SILENT = (
+    "fusion",
+    "gather",
+    "scatter",
+    "custom-call",
+    "sort",
+    "convolution",
+    "dot",
+    "copy",
+    "reshape",
+    "transpose",
+)
+_SILENT += (
+    "concatenate",
+    "slice",
+    "dynamic-slice",
+    "dynamic-update-slice",
+    "pad",
+    "reverse",
+    "reduce",
+    "broadcast",
+)
 # Custom calls of a TPU's compiler that only name memory or say something of it.
 _FREE = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 
@@ -47,11 +69,13 @@ class Cost:
                 mine[kind] += times * value
 
 
-def cost(text: str) -> Cost:
+def cost(text: str, kernels: Mapping[str, int] | None = None, bytes_per_cycle: float = math.inf) -> Cost:
     """Reads the text of a compiled module; bodies of loops count as often as they run.
 
-    Of branches the cheapest counts: the others are for the exception, and what is taken only a run can tell.
+    Of branches the cheapest counts: the others are for the exception, and what is taken only a run can tell. kernels: cycles
+    of operations that are known from elsewhere; bytes_per_cycle: what the memory gives.
     """
+    kernels = kernels or {}
     computations, entry = _computations(text)
     known: dict[str, Cost] = {}
 
@@ -60,7 +84,7 @@ def cost(text: str) -> Cost:
             found = known[name] = Cost()
             shapes = {}
             for line in computations[name]:
-                _add_line(found, line, shapes, of, computations)
+                _add_line(found, line, shapes, of, computations, kernels, bytes_per_cycle)
         return known[name]
 
     return of(entry)
@@ -114,18 +138,31 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _add_line(total: Cost, line: str, shapes: dict, of, computations: dict[str, list[str]]) -> None:
+def _add_line(
+    total: Cost,
+    line: str,
+    shapes: dict[str, int],
+    of: Callable[[str], Cost],
+    computations: dict[str, list[str]],
+    kernels: Mapping[str, int],
+    bytes_per_cycle: float,
+) -> None:
     match = _LINE.match(line)
     if not match:
         return
     result, operation, rest = match.groups()
-    shapes[_operation(line)] = size = _size(result)
+    name = _operation(line)
+    shapes[name] = size = _size(result)
+    if name in kernels:
+        total.cycles[name] += kernels[name]
+        return
     if operation == "while":
         body, condition = (re.search(rf"{key}=%?([\w.\-]+)", rest)[1] for key in ("body", "condition"))
         total.add(of(body), _trips(rest, computations[condition]))
         return
     if operation == "conditional":
-        total.add(min(map(of, _branches(rest)), key=lambda cost: cost.cycles.total()), 1)
+        branches = map(of, _branches(rest))
+        total.add(min(branches, key=lambda c: c.cycles.total() + c.silent_bytes.total() / bytes_per_cycle), 1)
         return
     if operation in ("call", "async-start") and (
         called := re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", rest)
@@ -145,10 +182,10 @@ def _add_line(total: Cost, line: str, shapes: dict, of, computations: dict[str, 
                     _add_collective(total, inner[2], inner[1], inner[3])
     cycles = re.search(r'"estimated_cycles":"(\d+)"', rest)
     if cycles:
-        total.cycles[_operation(line)] += int(cycles[1])
+        total.cycles[name] += int(cycles[1])
     elif operation in _SILENT and not any(f'custom_call_target="{name}"' in rest for name in _FREE):
         operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-        total.silent_bytes[_operation(line)] += size + sum(shapes.get(operand, 0) for operand in operands)
+        total.silent_bytes[name] += size + sum(shapes.get(operand, 0) for operand in operands)
 
 
 def _add_collective(total: Cost, operation: str, result: str, rest: str) -> None:

@@ -122,8 +122,10 @@ def build_model(config: ConfigDict, platform: str | None = None) -> nn.Module:
         raise UserError(
             f"config.model.swin.attention is '{attention}'; expected 'auto' or one of {', '.join(ATTENTION_FORMS)}"
         )
+    platform = platform or jax.default_backend()
+    if "pixel_decoder" in fields:
+        fields["pixel_decoder"]["platform"] = platform
     if attention == "auto" and "swin" in fields:
-        platform = platform or jax.default_backend()
         fields["swin"]["attention"] = "lanes" if platform == "tpu" else "heads"
     if foreign := sorted(set(fields) - known):
         raise UserError(

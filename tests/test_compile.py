@@ -112,7 +112,7 @@ def test_time_on_a_tpu_by_part():
     sizes = {f"{kind}_size_in_bytes": 0 for kind in ("argument", "output", "temp", "generated_code", "alias")}
     compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
     text = re.sub(r"cycles=(\d+)", r'backend_config={"estimated_cycles":"\1"}', OF_A_TPU)
-    report = _of_compiled(compiled, text, chip, {"batch_size": 8, "devices": 4, "flops": 4e6})
+    report = _of_compiled(compiled, text, {}, chip, {"batch_size": 8, "devices": 4, "flops": 4e6})
     size = 4 * (500 + 1000 + 1000)
     assert report["parts"] == {
         "deformable attention": {"forward": pytest.approx(size / chip.bandwidth), "backward": 0},

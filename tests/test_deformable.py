@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from magnet_jax.models.deformable import DeformableAttention, fan_bias, reference_points
-from magnet_jax.models.sampling import DENSE_PIXELS, FORMS, sample
+from magnet_jax.models.deformable import DeformableAttention, fan_bias
+from magnet_jax.models.sampling import DENSE_PIXELS, FORMS, pixel_centres, sample
 from magnet_jax.sharding import make_mesh
 
 LEVELS = ((1, 1), (2, 3), (5, 4))
@@ -133,9 +133,11 @@ def test_fan_of_initial_offsets():
     np.testing.assert_allclose(np.abs(fan_bias(5, 1, 3).reshape(5, 3, 2)).max(-1), [[1, 2, 3]] * 5, atol=1e-6)
 
 
-def test_reference_points():
-    points = reference_points([(1, 2), (2, 1)])
-    np.testing.assert_allclose(points, [[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]])
+def test_pixel_centres():
+    x, y = pixel_centres(((1, 2), (2, 1)), 1)
+    # In pixels of the first level, and of the second.
+    np.testing.assert_allclose(x[:, 0], [[0, -0.25], [1, 0.25], [0.5, 0], [0.5, 0]], atol=1e-7)
+    np.testing.assert_allclose(y[:, 0], [[0, 0.5], [0, 0.5], [-0.25, 0], [0.25, 1]], atol=1e-7)
 
 
 def module_inputs(seed=0):
@@ -195,11 +197,12 @@ def test_attention_starts_uniform_with_the_fan():
 def operations(pixels, form, platform):
     """How many of some operations the lowered program of a form has, forward and backward."""
     arrays = [
-        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, pixels, 1, 2), *3 * [(1, pixels, 1, 1)])
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, pixels, 4, 32), *3 * [(1, pixels, 4, 1)])
     ]
     program = jax.jit(jax.grad(lambda *a: sample(*a, ((pixels, 1),), form).sum(), (0, 1, 2, 3)))
     text = program.trace(*arrays).lower(lowering_platforms=(platform,)).as_text()
-    return tuple(text.count(f"stablehlo.{name}") for name in ("gather", "scatter", "dot_general", "while"))
+    names = ("gather", "scatter", "dot_general", "while")
+    return *(text.count(f"stablehlo.{name}") for name in names), text.count("tpu_custom_call")
 
 
 @pytest.mark.parametrize(("platform", "large"), [("cpu", "points"), ("tpu", "windows"), ("cuda", "rows")])
@@ -208,3 +211,4 @@ def test_automatic_choice_depends_on_pixels_and_platform(platform, large):
     assert len(set(counts.values())) == len(FORMS)  # So that the count tells which it is.
     assert operations(DENSE_PIXELS, "auto", platform) == counts["points" if platform == "cpu" else "dense"]
     assert operations(DENSE_PIXELS + 1, "auto", platform) == counts[large]
+    assert (counts["windows"][-1] > 0) == (platform == "tpu")

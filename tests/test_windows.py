@@ -1,129 +1,180 @@
-"""Deformable attention by windows: what they cover, and that what they do not cover is sampled all the same."""
+"""Deformable attention by windows: its cells, what windows hold, and that what they miss is sampled all the same."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from magnet_jax.models import windows
-from magnet_jax.models.deformable import reference_points
-from magnet_jax.models.sampling import sample
+from magnet_jax.models import window_kernels, windows
+from magnet_jax.models.layers import batch_split_by
+from magnet_jax.models.pixel_decoder import PixelDecoder
+from magnet_jax.models.sampling import cells_for, pixel_centres, sample
+from magnet_jax.sharding import make_mesh
 
-# Several windows each way; not a multiple of a cell, not all halves of each other, one smaller than a window.
-LEVELS = ((5, 6), (9, 12), (19, 25), (38, 50))
+# Several windows each way; not multiples of a cell or of each other, one smaller than a window.
+LEVELS = ((9, 12), (19, 25), (38, 50))
 PIXELS, HEADS, POINTS = sum(h * w for h, w in LEVELS), 4, 2
-WIDTH, HEIGHT = (np.repeat([level[axis] for level in LEVELS], POINTS) for axis in (1, 0))
-CENTRE = reference_points(LEVELS)[:, None]
+CENTRES = pixel_centres(LEVELS, POINTS)
+USUAL = ((15, 15), (30, 30), (60, 60), (120, 120))  # Of a picture of 480 pixels.
 
 
-def inputs(reach, seed=0):
+def inputs(reach, seed=0, channels=3):
     """Samples up to `reach` pixels away from their query, some on pixel centres."""
     rng = np.random.default_rng(seed)
-    x, y = rng.uniform(-reach, reach, (2, 2, PIXELS, HEADS, len(LEVELS) * POINTS))
-    x, y = x + CENTRE[..., :1] * WIDTH - 0.5, y + CENTRE[..., 1:] * HEIGHT - 0.5
-    x[:, ::3], y[:, 1::3] = np.floor(x[:, ::3]), np.ceil(y[:, 1::3])
-    if reach <= windows.REACH:
-        x[:, ::3] += np.abs(x[:, ::3] - CENTRE[::3, :, :1] * WIDTH + 0.5) > windows.REACH
-        y[:, 1::3] -= np.abs(y[:, 1::3] - CENTRE[1::3, :, 1:] * HEIGHT + 0.5) > windows.REACH
-    value = rng.normal(size=(2, PIXELS, HEADS, 5))
-    return [jnp.asarray(a, jnp.float32) for a in (value, x, y, rng.normal(size=x.shape))]
+    found = []
+    for centre in CENTRES:
+        at = centre + rng.uniform(-reach, reach, (2, PIXELS, HEADS, len(LEVELS) * POINTS))
+        at[:, ::3] = np.round(at[:, ::3])
+        at[:, ::3] -= np.sign(at[:, ::3] - centre[::3]) * (np.abs(at[:, ::3] - centre[::3]) > reach)
+        found.append(at)
+    value = rng.normal(size=(2, PIXELS, HEADS, channels))
+    return [jnp.asarray(a, jnp.float32) for a in (value, *found, rng.normal(size=found[0].shape))]
 
 
-def value_and_gradients(form, arrays, dtype=jnp.float32):
-    value, *rest = arrays
+@pytest.fixture(scope="module")
+def cells():
+    return cells_for(LEVELS, HEADS, 3)
+
+
+@pytest.fixture(scope="module")
+def by_kernel(cells):
+    """The forward kernel alone: sums in cells, and whether windows missed something."""
 
     @jax.jit
-    def both(*arrays):
-        result, pull = jax.vjp(lambda *a: sample(*a, LEVELS, form), *arrays)
-        return result, pull(
-            jnp.cos(jnp.arange(result.size, dtype=jnp.float32)).reshape(result.shape).astype(dtype)
-        )
+    def run(value, x, y, weights):
+        raw = jnp.concatenate([a.reshape(2, PIXELS, -1) for a in (x, y, weights)], -1)
+        maps = windows.take_rows(windows.to_cells(value.reshape(2, PIXELS, -1), cells), cells.pixels)
+        out, missed = window_kernels.forward(maps, windows.to_cells(raw, cells), cells, HEADS, False)
+        return windows.from_cells(out, cells).reshape(value.shape), missed
 
-    return jax.tree.leaves(both(value.astype(dtype), *rest))
+    return run
 
 
-def test_every_query_is_in_one_cell():
-    cells = windows._cells(LEVELS)
-    assert cells.grid == (5, 5)
-    assert sorted(cells.queries[cells.used]) == list(range(PIXELS))
-    np.testing.assert_array_equal(cells.queries.ravel()[cells.places], np.arange(PIXELS))
+@pytest.fixture(scope="module")
+def value_and_gradients():
+    """Compiled once for each form and dtype: `form, arrays -> [sums, gradients by value, x, y and weights]`."""
+
+    def run(form, arrays, dtype=jnp.float32):
+        def both(*arrays):
+            result, pull = jax.vjp(lambda *a: sample(*a, LEVELS, form), *arrays)
+            gradient = jnp.cos(jnp.arange(result.size, dtype=jnp.float32)).reshape(result.shape)
+            return result, pull(gradient.astype(dtype))
+
+        if (form, dtype) not in compiled:
+            compiled[form, dtype] = jax.jit(both)
+        value, *rest = arrays
+        return jax.tree.leaves(compiled[form, dtype](value.astype(dtype), *rest))
+
+    compiled = {}
+    return run
+
+
+@pytest.mark.parametrize(
+    "levels", [LEVELS, USUAL, ((14, 14), (28, 28), (56, 56), (112, 112)), ((30, 40), (60, 80))]
+)
+def test_every_query_is_in_one_cell(levels):
+    cells, pixels = windows.cells_of(levels, 32), sum(h * w for h, w in levels)
+    assert sorted(cells.queries[cells.used]) == list(range(pixels))
+    np.testing.assert_array_equal(cells.queries[cells.places], np.arange(pixels))
+    array = np.arange(2 * pixels, dtype=np.float32).reshape(2, pixels, 1)
+    np.testing.assert_array_equal(windows.from_cells(windows.to_cells(array, cells), cells), array)
 
 
 def test_usual_pictures_fill_the_lanes():
-    """480 pixels: 128 queries in every cell, and windows that are but a part of the large maps."""
-    cells = windows._cells(((15, 15), (30, 30), (60, 60), (120, 120)))
-    assert cells.grid == (15, 10)
-    assert cells.queries.shape == (150, 128)
-    assert cells.used.sum() == 19125
-    lengths = [(rows.length, columns.length) for rows, columns in cells.axes]
-    assert lengths == [(16, 16), (16, 17), (24, 20), (24, 26)]
+    """480 pixels: 600 cells of 32 queries for four heads of 32 channels, whose windows are but a part of the large maps."""
+    cells = cells_for(USUAL, 8, 32)
+    assert (cells.strips, cells.blocks, cells.lanes) == (30, 20, 32)
+    assert (len(cells.queries), cells.used.sum()) == (19200, 19125)
+    assert [rows.length for rows in cells.rows] == [16, 24, 24, 24]
+    assert [columns.length for columns in cells.columns] == [16, 16, 16, 16]
+
+
+def test_padded_maps_have_the_pixels_row_by_row(cells):
+    index = np.arange(PIXELS, dtype=np.int32)[None, :, None]
+    maps = np.asarray(windows.take_rows(windows.to_cells(index, cells), cells.pixels))[0, :, 0]
+    first = 0
+    for (height, width), rows, columns, start in zip(
+        LEVELS, cells.rows, cells.columns, cells.starts[:-1], strict=True
+    ):
+        level = maps[start : start + rows.padded * columns.padded].reshape(rows.padded, columns.padded)
+        np.testing.assert_array_equal(
+            level[:height, :width].ravel(), np.arange(first, first + height * width)
+        )
+        first += height * width
+    np.testing.assert_array_equal(maps[cells.in_maps[cells.places]], np.arange(PIXELS))
+
+
+def test_gradients_of_cells_leave_out_places_without_a_query(cells):
+    array, ones = np.ones((1, PIXELS, 1), np.float32), np.ones((1, len(cells.queries), 1), np.float32)
+    back = jax.vjp(lambda a: windows.from_cells(a, cells), ones)[1](2 * array)[0]
+    np.testing.assert_array_equal(back[0, :, 0], 2 * cells.used)
+    np.testing.assert_array_equal(jax.vjp(lambda a: windows.to_cells(a, cells), array)[1](ones)[0], array)
 
 
 @pytest.mark.parametrize("reach", [0.0, 4.0, float(windows.REACH)])
-def test_what_is_near_is_covered(reach):
-    arrays = inputs(reach)
-    assert windows.covered(*arrays[1:3], LEVELS)
+def test_what_is_near_is_not_missed(by_kernel, reach):
+    value, x, y, weights = inputs(reach)
+    assert not by_kernel(value, x, y, weights)[1]
     # Outside the map there is nothing to see, however far.
-    assert windows.covered(arrays[1].at[:, ::5].add(1e6), arrays[2].at[:, 1::5].add(-1e9), LEVELS)
+    assert not by_kernel(value, x.at[:, ::5].add(1e6), y.at[:, 1::5].add(-1e9), weights)[1]
 
 
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize("bad", [30.0, -30.0, np.nan])
-def test_one_sample_far_away_is_not_covered(axis, bad):
+def test_one_sample_far_away_is_missed(by_kernel, axis, bad):
     """Of a query in a corner of the finest map, so that the sample is still in the map; and one that is no number."""
     arrays = inputs(0.0)
     query = PIXELS - LEVELS[-1][0] * LEVELS[-1][1] if bad > 0 else PIXELS - 1
-    point = arrays[axis][1, query, 2, -1]
-    arrays[axis] = arrays[axis].at[1, query, 2, -1].set(point + bad)
-    assert not windows.covered(*arrays[1:3], LEVELS)
+    arrays[axis] = arrays[axis].at[1, query, 2, -1].add(bad)
+    assert by_kernel(*arrays)[1]
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_windows_end_where_they_say(axis):
+def test_windows_end_where_they_say(by_kernel, cells, axis):
     """A sample needs both of its neighbours, and a slope the right one even at a pixel's centre."""
-    arrays, cells = inputs(0.0), windows._cells(LEVELS)
+    arrays = inputs(0.0)
     query = (
         PIXELS - LEVELS[-1][0] * LEVELS[-1][1] // 2 + LEVELS[-1][1] // 2
     )  # In the middle of the finest map.
-    cell = np.unravel_index(cells.places[query] // cells.queries.shape[1], cells.grid)[axis]
-    rows = cells.axes[-1][axis]
-    first, last = int(rows.first[cell]), int(rows.first[cell]) + rows.length - 1
-    assert 0 < first < last < rows.size - 1
-    places = [(first, True), (first - 0.01, False), (last - 0.01, True), (last, False), (last + 0.5, False)]
+    cell = cells.places[query] // cells.lanes
+    level, number = (
+        (cells.columns[-1], cell // cells.blocks) if axis else (cells.rows[-1], cell % cells.blocks)
+    )
+    first = int(level.first[number])
+    last = first + level.length - 1
+    assert 0 < first < last < level.size - 1
+    places = [(first, False), (first - 0.25, True), (last - 0.25, False), (last, True), (last + 0.5, True)]
     for place, expected in places:
         moved = list(arrays)
         moved[2 - axis] = moved[2 - axis].at[0, query, 0, -1].set(place)
-        assert bool(windows.covered(*moved[1:3], LEVELS)) is expected, place
+        assert bool(by_kernel(*moved)[1]) is expected, place
 
 
-def test_what_is_covered_is_exact():
-    """Against gather; and each window ends where it says, so that a sample it does not cover would be lost."""
-    for reach in (1.0, float(windows.REACH)):
-        arrays = inputs(reach, seed=3)
-        result = jax.jit(windows.forward, static_argnums=4)(*arrays, LEVELS)
-        gather = value_and_gradients("gather", arrays)
-        np.testing.assert_allclose(result, gather[0], atol=2e-5)
-        gradient = jnp.cos(jnp.arange(result.size, dtype=jnp.float32)).reshape(result.shape)
-        gradients = jax.jit(windows.backward, static_argnums=0)(LEVELS, tuple(arrays), gradient)
-        for name, a, b in zip(("value", "x", "y", "weights"), gradients, gather[1:], strict=True):
-            assert np.abs(b).max() > 1, name
-            np.testing.assert_allclose(a, b, atol=1e-4, err_msg=name)
-    far = inputs(30.0)
-    assert np.abs(windows.forward(*far, LEVELS) - value_and_gradients("gather", far)[0]).max() > 1
+@pytest.mark.parametrize("reach", [1.0, float(windows.REACH)])
+def test_what_is_not_missed_is_exact(by_kernel, value_and_gradients, reach):
+    arrays = inputs(reach, seed=3)
+    result, missed = by_kernel(*arrays)
+    gather, windowed = (value_and_gradients(form, arrays) for form in ("gather", "windows"))
+    assert not missed
+    np.testing.assert_allclose(result, gather[0], atol=2e-5)
+    for name, a, b in zip(("sums", "value", "x", "y", "weights"), windowed, gather, strict=True):
+        assert np.abs(b).max() > 1, name
+        np.testing.assert_allclose(a, b, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("reach", [1.0, 30.0])
-def test_samples_anywhere_equal_gather(reach):
-    """Within the windows, and where a few or most are outside, so that rows are read instead."""
-    arrays = inputs(reach, seed=4)
-    assert bool(windows.covered(*arrays[1:3], LEVELS)) == (reach == 1.0)
-    for a, b in zip(
-        value_and_gradients("windows", arrays), value_and_gradients("gather", arrays), strict=True
-    ):
+def test_samples_anywhere_equal_gather(by_kernel, value_and_gradients):
+    """Where a few or most are outside the windows, the kernel would be wrong, so that rows are read instead."""
+    arrays = inputs(30.0, seed=4)
+    gather = value_and_gradients("gather", arrays)
+    result, missed = by_kernel(*arrays)
+    assert missed
+    assert np.abs(result - gather[0]).max() > 1
+    for a, b in zip(value_and_gradients("windows", arrays), gather, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_bfloat16_is_as_near_as_rows():
+def test_bfloat16_is_as_near_as_rows(value_and_gradients):
     arrays = inputs(3.0, seed=5)
     exact = value_and_gradients("gather", arrays)
     for a, b, c in zip(
@@ -136,7 +187,68 @@ def test_bfloat16_is_as_near_as_rows():
         assert 0 < far < 2.5 * near + 1e-6
 
 
+@pytest.fixture(scope="module")
+def decoder():
+    """`(form, devices) -> outputs and gradients` of a pixel decoder with weights that are not the initial ones."""
+    shapes = ((20, 28, 6), (10, 14, 8))
+    fields = {"channels": 8, "layers": 2, "heads": 2, "points": 2, "feedforward": 8, "groups": 2}
+    rng = np.random.default_rng(0)
+    features = [rng.normal(size=(2, *shape)).astype(np.float32) for shape in shapes]
+    variables = jax.eval_shape(lambda *f: PixelDecoder(**fields).init(jax.random.key(0), f), *features)
+    variables = jax.tree.map(lambda s: (0.3 * rng.normal(size=s.shape)).astype(np.float32), variables)
+
+    def run(devices, **form):
+        module = PixelDecoder(**fields, **form)
+        sharding = jax.NamedSharding(
+            make_mesh((("data", -1),), jax.devices()[:devices]), PartitionSpec("data")
+        )
+
+        def outputs(variables, features):
+            with batch_split_by(sharding, 2):
+                mask_features, refined = module.apply(variables, features)
+            return [mask_features, *refined]
+
+        @jax.jit
+        def both(variables, features):
+            found, pull = jax.vjp(outputs, variables, features)
+            return found, pull(jax.tree.map(jnp.cos, found))
+
+        return both(variables, jax.device_put(features, sharding))
+
+    return run
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_decoder_in_cells_equals_one_in_the_order_of_pixels(decoder, devices):
+    expected = jax.tree_util.tree_leaves_with_path(decoder(1, sampling="gather"))
+    found = jax.tree_util.tree_leaves_with_path(decoder(devices, sampling="windows"))
+    for (path, a), (_, b) in zip(expected, found, strict=True):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(b, a, atol=1e-5 * max(1, np.abs(a).max()), err_msg=name)
+
+
+def test_platforms_choose_cells_for_large_pictures():
+    shapes = ((15, 15), (30, 30), (60, 60), (120, 120))
+    usual = {"channels": 256, "heads": 8}
+    assert PixelDecoder(platform="tpu", **usual).cells(shapes) is not None
+    assert PixelDecoder(platform="tpu", **usual).cells(shapes[:2]) is None  # Few pixels,
+    assert (
+        PixelDecoder(platform="tpu", channels=240, heads=8).cells(shapes) is None
+    )  # or heads that do not fit,
+    for platform in ("cpu", "gpu", ""):
+        assert PixelDecoder(platform=platform, **usual).cells(shapes) is None
+    assert PixelDecoder(platform="tpu", sampling="rows", **usual).cells(shapes) is None
+
+
 def test_queries_must_be_the_pixels():
     value, *rest = inputs(1.0)
     with pytest.raises(ValueError, match=f"a query for each of the {PIXELS} pixels; got 9"):
         sample(value, *(a[:, :9] for a in rest), LEVELS, "windows")
+
+
+def test_levels_must_be_halves():
+    levels = ((40, 40), (41, 41))
+    assert windows.cells_of(levels, 32) is None
+    value, x = np.zeros((1, 3281, 4, 3)), np.zeros((1, 3281, 4, 2))
+    with pytest.raises(ValueError, match="levels that are about halves of each other"):
+        sample(value, x, x, x, levels, "windows")

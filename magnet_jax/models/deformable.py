@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,19 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax.models.layers import Dense, xavier_uniform, zeros
-from magnet_jax.models.sampling import sample
-
-
-def reference_points(shapes: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Centres (x, y) in [0, 1] of the pixels of all levels, level after level, row by row: `[sum(H * W), 2]`."""
-    points = []
-    for height, width in shapes:
-        y, x = np.meshgrid(
-            (np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij"
-        )
-        points.append(np.stack([x, y], -1).reshape(-1, 2))
-    return np.concatenate(points).astype(np.float32)
+from magnet_jax.models.layers import Dense, linear, xavier_uniform, zeros
+from magnet_jax.models.sampling import pixel_centres, sample, sample_in_cells
 
 
 def fan_bias(heads: int, levels: int, points: int) -> np.ndarray:
@@ -38,7 +26,8 @@ class DeformableAttention(nn.Module):
     """Multi-scale deformable attention of all pixels of a pyramid on all its levels.
 
     query and source `[B, sum(H * W), C]`, shapes: (H, W) of every level -> `[B, sum(H * W), C]`.
-    `sampling`: the form of `sampling.sample`.
+    `sampling`: the form of `sampling.sample`; with `in_cells`, it is 'windows', and all of these `[B, places, C]` as
+    `windows.to_cells` gives them.
     Source: Deformable DETR (arXiv 2010.04159); spec section 3.
     """
 
@@ -46,6 +35,7 @@ class DeformableAttention(nn.Module):
     points: int = 4
     sampling: str = "auto"
     dtype: Any = jnp.float32
+    in_cells: bool = False
 
     @nn.compact
     def __call__(self, query, source, shapes):
@@ -60,18 +50,21 @@ class DeformableAttention(nn.Module):
 
         # Positions are float32: bfloat16 would round them to whole pixels.
         query = query.astype(jnp.float32)
+        shapes, samples = tuple(map(tuple, shapes)), levels * points
         value = dense(channels, "value", kernel_init=xavier_uniform)(source)
-        value = value.reshape(batch, queries, heads, channels // heads)
-        samples = levels * points
-        offsets = dense(heads * samples * 2, "offsets", jnp.float32, kernel_init=zeros, bias_init=fan)(query)
-        offsets = offsets.reshape(batch, queries, heads, samples, 2)
-        weights = dense(heads * samples, "weights", jnp.float32, kernel_init=zeros)(query)
-        weights = jax.nn.softmax(weights.reshape(batch, queries, heads, samples), axis=-1)
-
-        # Offsets are in pixels of the level that is sampled.
-        height, width = (np.repeat([shape[axis] for shape in shapes], points) for axis in (0, 1))
-        centre = reference_points(shapes)[:, None]
-        x = offsets[..., 0] + (centre[..., :1] * width - 0.5)
-        y = offsets[..., 1] + (centre[..., 1:] * height - 0.5)
-        out = sample(value, x, y, weights, tuple(map(tuple, shapes)), self.sampling)
+        offsets = dense(heads * samples * 2, "offsets", jnp.float32, kernel_init=zeros, bias_init=fan)
+        logits = dense(heads * samples, "weights", jnp.float32, kernel_init=zeros)
+        if self.in_cells:
+            # One product gives x, y and logits, as the kernels want them.
+            kernels, biases = zip(offsets.parameters(channels), logits.parameters(channels), strict=True)
+            kernel = jnp.concatenate([kernels[0][:, ::2], kernels[0][:, 1::2], kernels[1]], 1)
+            bias = jnp.concatenate([biases[0][::2], biases[0][1::2], biases[1]])
+            out = sample_in_cells(value, linear(query, kernel, bias), shapes, heads)
+        else:
+            value = value.reshape(batch, queries, heads, channels // heads)
+            x, y = jnp.moveaxis(offsets(query).reshape(batch, queries, heads, samples, 2), -1, 0)
+            weights = jax.nn.softmax(logits(query).reshape(batch, queries, heads, samples), axis=-1)
+            # Offsets are in pixels of the level that is sampled.
+            centre_x, centre_y = pixel_centres(shapes, points)
+            out = sample(value, x + centre_x, y + centre_y, weights, shapes, self.sampling)
         return dense(channels, "output", kernel_init=xavier_uniform)(out.reshape(batch, queries, channels))

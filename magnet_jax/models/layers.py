@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -55,14 +55,29 @@ def _split(x: jax.Array) -> jax.Array:
     )
 
 
+def on_each_device(function: Callable, *arrays: jax.Array):
+    """`function(*arrays)` of arrays `[B, ...]` and with such results, by each device of its own examples.
+
+    For what the compiler cannot divide by itself. `batch_split_by` says over what the examples are split.
+    """
+    if _batch.get() is None:
+        return function(*arrays)
+    sharding, size = _batch.get()
+    spec = sharding.spec if len(arrays[0]) == size else PartitionSpec()
+    return jax.shard_map(function, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False)(
+        *arrays
+    )
+
+
 @jax.custom_vjp
-def _linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """What `Dense` computes, in the dtype of x: `[..., C] -> [..., features]`."""
     y = _split(x) @ kernel.astype(x.dtype)
     return _split(y if bias is None else y + bias.astype(x.dtype))
 
 
 def _linear_forward(x, kernel, bias):
-    return _linear(x, kernel, bias), (x, kernel, bias)
+    return linear(x, kernel, bias), (x, kernel, bias)
 
 
 def _linear_backward(residuals, gradient):
@@ -76,7 +91,7 @@ def _linear_backward(residuals, gradient):
     return _split(gradient @ kernel.astype(x.dtype).T), kernel_gradient, bias_gradient
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Dense(nn.Module):
@@ -99,12 +114,12 @@ class Dense(nn.Module):
         return kernel, self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
 
     def __call__(self, x):
-        return _linear(x.astype(self.dtype), *self.parameters(x.shape[-1]))
+        return linear(x.astype(self.dtype), *self.parameters(x.shape[-1]))
 
     def without_bias(self, x) -> tuple[jax.Array, jax.Array | None]:
         """The product alone, and the bias to be added later."""
         kernel, bias = self.parameters(x.shape[-1])
-        return _linear(x.astype(self.dtype), kernel, None), bias
+        return linear(x.astype(self.dtype), kernel, None), bias
 
 
 def fan_in_dense(features: int, fan_in: int, *, dtype: Any, name: str | None = None) -> Dense:

@@ -19,6 +19,8 @@ from magnet_jax.models.layers import (
     sine_position,
     xavier_uniform,
 )
+from magnet_jax.models.sampling import automatic, cells_for
+from magnet_jax.models.windows import Cells, Levels, from_cells, to_cells
 
 
 class PixelDecoderLayer(nn.Module):
@@ -29,10 +31,13 @@ class PixelDecoderLayer(nn.Module):
     feedforward: int
     sampling: str = "auto"
     dtype: Any = jnp.float32
+    in_cells: bool = False
 
     @nn.compact
     def __call__(self, source, position, shapes):
-        attention = DeformableAttention(self.heads, self.points, self.sampling, self.dtype, name="attn")
+        attention = DeformableAttention(
+            self.heads, self.points, self.sampling, self.dtype, self.in_cells, name="attn"
+        )
         source = LayerNorm(name="norm1")(source + attention(source + position, source, shapes))
         y = nn.relu(Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(source))
         y = Dense(source.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="fc2")(y)
@@ -53,6 +58,7 @@ class PixelDecoder(nn.Module):
     feedforward: int = 1024
     groups: int = 32
     sampling: str = "auto"
+    platform: str = ""  # What is compiled for; where it is not known, 'auto' chooses when it is.
     dtype: Any = jnp.float32
     remat: Remat = Remat()
 
@@ -73,12 +79,15 @@ class PixelDecoder(nn.Module):
             positions.append(sine_position(height, width, self.channels) + level_embedding[i])
         source = jnp.concatenate(sources, 1)
         position = jnp.concatenate(positions).astype(self.dtype)
+        cells = self.cells(tuple(shapes))
+        if cells is not None:  # All layers in the order that sampling wants.
+            source, position = to_cells(source, cells), position[cells.queries]
         block = self.remat(PixelDecoderLayer, "decoder", static=3)
+        fields = (self.heads, self.points, self.feedforward, self.sampling, self.dtype, cells is not None)
         for i in range(self.layers):
-            layer = block(
-                self.heads, self.points, self.feedforward, self.sampling, self.dtype, name=f"layer_{i}"
-            )
-            source = layer(source, position, tuple(shapes))
+            source = block(*fields, name=f"layer_{i}")(source, position, tuple(shapes))
+        if cells is not None:
+            source = from_cells(source, cells)
 
         ends = np.cumsum([height * width for height, width in shapes])[:-1]
         refined = [
@@ -89,3 +98,10 @@ class PixelDecoder(nn.Module):
             self.channels, kernel_init=kaiming_uniform, dtype=self.dtype, name="mask_features"
         )
         return mask_features(refined[-1]), refined
+
+    def cells(self, shapes: Levels) -> Cells | None:
+        """The cells that queries are in where they are sampled by windows."""
+        form, channels = self.sampling, self.channels // self.heads
+        if form == "auto" and self.platform:
+            form = automatic(self.platform, shapes, self.heads, channels)
+        return cells_for(shapes, self.heads, channels) if form == "windows" else None

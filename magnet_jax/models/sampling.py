@@ -7,9 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
-from magnet_jax.models import points, windows
-from magnet_jax.models.windows import Levels
+from magnet_jax.models import points, window_kernels, windows
+from magnet_jax.models.layers import on_each_device
+from magnet_jax.models.windows import Cells, Levels
 
 # Up to this many pixels in all levels together, sampling is a matrix product on accelerators.
 DENSE_PIXELS = 2048
@@ -95,30 +97,121 @@ def _dense_backward(levels, residuals, gradient):
     return jnp.concatenate(value_gradient, 1), x_gradient, y_gradient, upper + down * (lower - upper)
 
 
-# ------------------------------------------------------------------------------------------------------ choosing a form
+# ------------------------------------------------------------------------------------------------- windows of cells
+
+
+def cells_for(levels: Levels, heads: int, channels: int) -> Cells | None:
+    """The cells in which 'windows' has the queries of that many heads; None where a pyramid has none."""
+    return windows.cells_of(levels, windows.LANES // windows.heads_together(heads, channels))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def sample_in_cells(
+    value: jax.Array, raw: jax.Array, levels: Levels, heads: int, offsets: bool = True
+) -> jax.Array:
+    """As `sample` with 'windows', of queries and values in cells: value `[B, places, heads * D]`, as is the result.
+
+    raw `[B, places, 3 * heads * L * P]` float32: with `offsets`, x of the samples from their query in pixels of their level,
+    y, and logits of the weights; without, x and y in the map, and weights. What is at places without a query means nothing.
+    """
+    return _sample_in_cells(value, raw, levels, heads, offsets)[0]
+
+
+def _sample_in_cells(value, raw, levels, heads, offsets):
+    """The result and, of each device, whether rows were read, as windows missed what a sample needs: `[1]` bool."""
+
+    def on_device(value, raw):
+        maps = windows.take_rows(value, cells.pixels)
+        out, missed = window_kernels.forward(maps, raw, cells, heads, offsets)
+
+        def by_rows(value, raw):
+            return _row_major(_rows_in_cells(value, raw, levels, heads, offsets))
+
+        return jax.lax.cond(missed, by_rows, lambda *_: out, value, raw), missed[None]
+
+    cells = cells_for(levels, heads, value.shape[-1] // heads)
+    return on_each_device(on_device, value, raw)
+
+
+def _rows_in_cells(value, raw, levels, heads, offsets):
+    """The same by 'rows'."""
+    cells = cells_for(levels, heads, value.shape[-1] // heads)
+    x, y, weights = jnp.split(raw.reshape(*raw.shape[:2], 3 * heads, -1), 3, 2)
+    if offsets:
+        centres = pixel_centres(levels, x.shape[-1] // len(levels))
+        x, y = (a + centre[cells.queries] for a, centre in zip((x, y), centres, strict=True))
+        weights = jax.nn.softmax(weights, -1)
+    value = _by_head(windows.from_cells(value, cells), heads)
+    return _flat(_sample(value, x, y, weights, levels, "rows"))
+
+
+def _row_major(array: jax.Array) -> jax.Array:
+    """The same array, laid out as kernels do, so that the results of branches need no copies."""
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
+
+
+def _sample_in_cells_forward(value, raw, *fields):
+    out, missed = _sample_in_cells(value, raw, *fields)
+    return out, (value, raw, missed)
+
+
+def _sample_in_cells_backward(levels, heads, offsets, residuals, gradient):
+    def by_kernel(value, raw, gradient):
+        maps = windows.take_rows(value, cells.pixels)
+        by_maps, by_raw = window_kernels.backward(maps, raw, gradient, cells, heads, offsets)
+        return windows.in_places(by_maps, cells.in_maps, cells).astype(value.dtype), by_raw
+
+    def by_rows(value, raw, gradient):
+        rows = functools.partial(_rows_in_cells, levels=levels, heads=heads, offsets=offsets)
+        return tuple(map(_row_major, jax.vjp(rows, value, raw)[1](gradient)))
+
+    def on_device(value, raw, missed, gradient):
+        return jax.lax.cond(missed[0], by_rows, by_kernel, value, raw, gradient)
+
+    cells = cells_for(levels, heads, gradient.shape[-1] // heads)
+    return on_each_device(on_device, *residuals, gradient)
+
+
+sample_in_cells.defvjp(_sample_in_cells_forward, _sample_in_cells_backward)
+
+
+def pixel_centres(levels: Levels, points: int) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of all pixels in pixels of the level of every sample: `[S, 1, L * P]` float32 each."""
+    centre = np.concatenate([windows.centres(level) for level in levels])[:, None]
+    return tuple(
+        (centre[..., axis, None] * np.repeat([level[axis] for level in levels], points) - 0.5).astype(
+            np.float32
+        )
+        for axis in (1, 0)
+    )
+
+
+def _flat(array: jax.Array) -> jax.Array:
+    return array.reshape(*array.shape[:2], -1)
+
+
+def _by_head(array: jax.Array, heads: int) -> jax.Array:
+    return array.reshape(*array.shape[:2], heads, -1)
 
 
 def _windows_forward(value, x, y, weights, levels):
-    return jax.lax.cond(
-        windows.covered(x, y, levels),
-        lambda *arrays: windows.forward(*arrays, levels),
-        lambda *arrays: points.rows_forward(*arrays, levels),
-        *(value, x, y, weights),
-    )
+    heads, channels = value.shape[2:]
+    cells = cells_for(levels, heads, channels)
+    raw = jnp.concatenate([_flat(a) for a in (x, y, weights)], -1)
+    arrays = (windows.to_cells(array, cells) for array in (_flat(value), raw))
+    return _by_head(windows.from_cells(sample_in_cells(*arrays, levels, heads, False), cells), heads)
 
 
 def _windows_backward(levels, residuals, gradient):
-    return jax.lax.cond(
-        windows.covered(residuals[1], residuals[2], levels),
-        lambda *arrays: windows.backward(levels, *arrays),
-        lambda *arrays: points.rows_backward(levels, *arrays),
-        *(residuals, gradient),
-    )
+    return jax.vjp(lambda *arrays: _windows_forward(*arrays, levels), *residuals)[1](gradient)
+
+
+# ------------------------------------------------------------------------------------------------------ choosing a form
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _sample(value, x, y, weights, levels: Levels, form: str):
-    return _by_platform(0, form, levels, x.shape[1])(value, x, y, weights)
+    return _by_platform(0, form, levels, value, x.shape[1])(value, x, y, weights)
 
 
 def _sample_forward(value, x, y, weights, levels, form):
@@ -126,7 +219,8 @@ def _sample_forward(value, x, y, weights, levels, form):
 
 
 def _sample_backward(levels, form, residuals, gradient):
-    return _by_platform(1, form, levels, residuals[1].shape[1])(residuals, gradient)
+    value, x = residuals[:2]
+    return _by_platform(1, form, levels, value, x.shape[1])(residuals, gradient)
 
 
 _sample.defvjp(_sample_forward, _sample_backward)
@@ -139,7 +233,19 @@ _FORMS = {
 }
 
 
-def _by_platform(direction: int, form: str, levels: Levels, queries: int):
+def automatic(platform: str, levels: Levels, heads: int, channels: int, own: bool = True) -> str:
+    """The form that 'auto' means on a platform ('cpu', 'tpu', ...); `own`: queries are the pixels themselves."""
+    if platform == "cpu":
+        return "points"
+    if sum(height * width for height, width in levels) <= DENSE_PIXELS:
+        return "dense"
+    full = windows.heads_together(heads, channels) * channels == windows.LANES
+    if platform == "tpu" and own and full and cells_for(levels, heads, channels) is not None:
+        return "windows"
+    return "rows"
+
+
+def _by_platform(direction: int, form: str, levels: Levels, value: jax.Array, queries: int):
     def of(name):
         function = _FORMS[name][direction]
         if direction:
@@ -148,13 +254,12 @@ def _by_platform(direction: int, form: str, levels: Levels, queries: int):
 
     if form != "auto":
         return of(form)
-    pixels = sum(height * width for height, width in levels)
-    few, own = pixels <= DENSE_PIXELS, queries == pixels
+    own = queries == value.shape[1]
     return lambda *arrays: jax.lax.platform_dependent(
         *arrays,
         cpu=of("points"),
-        tpu=of("dense" if few else "windows" if own else "rows"),
-        default=of("dense" if few else "rows"),
+        tpu=of(automatic("tpu", levels, *value.shape[2:], own)),
+        default=of(automatic("cuda", levels, *value.shape[2:])),
     )
 
 
@@ -171,8 +276,8 @@ def sample(
 
     - 'gather', the four corners of every point at once: the reference;
     - 'dense', products of [Q, S] matrices of hat-function weights with the values, for few pixels;
-    - 'windows', the same within windows around the queries, for TPUs; queries must be the pixels themselves (ValueError);
-      where a sample is outside its window, at run time, 'rows' instead;
+    - 'windows', the same within windows around the queries, for TPUs; queries must be the pixels themselves, and each level
+      about half of the next (ValueError); where a sample is outside its window, at run time, 'rows' instead;
     - 'rows', a point at a time, which reads one long row with all four corners;
     - 'points', a point at a time, corner by corner, for CPUs;
     - 'auto' chooses by the platform that is compiled for and the number of pixels.
@@ -181,4 +286,6 @@ def sample(
         return sample_gather(value, x, y, weights, levels)
     if form == "windows" and x.shape[1] != value.shape[1]:
         raise ValueError(f"'windows' needs a query for each of the {value.shape[1]} pixels; got {x.shape[1]}")
+    if form == "windows" and cells_for(levels, *value.shape[2:]) is None:
+        raise ValueError(f"'windows' needs levels that are about halves of each other; got {levels}")
     return _sample(value, x, y, weights, levels, form)
