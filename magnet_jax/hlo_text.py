@@ -167,7 +167,10 @@ def _add_line(
     if operation in ("call", "async-start") and (
         called := re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", rest)
     ):
-        total.add(of(called[1]), 1)
+        found = of(called[1])
+        if operation == "async-start":  # Memory that is moved ahead of its use is moved beside other work.
+            found = dataclasses.replace(found, silent_bytes=Counter())
+        total.add(found, 1)
         return
     if operation.removesuffix("-start") in COLLECTIVES:
         _add_collective(total, operation, result, rest)

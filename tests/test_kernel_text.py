@@ -3,8 +3,7 @@
 from magnet_jax.hlo_text import cost
 from magnet_jax.kernel_text import cycles, kernel_cycles
 
-# Four bundles around a loop of 10 steps, which has 3 of its own, two loops of 4 and 5 steps of two bundles each, and a bundle
-# under a condition.
+# Four bundles around a loop of 10 steps, which has 3 of its own, and two loops of 4 and 5 steps with two bundles each.
 SCHEDULE = """
 = control target key start
 LB: loop body
@@ -24,11 +23,11 @@ LB: loop body
 HLO = """HloModule m, is_scheduled=true
 ENTRY %main (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
-  %kernel.1 = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"AAA"}}
-  %kernel.2 = f32[8]{0} custom-call(%kernel.1), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"AAA"}}
-  ROOT %other.3 = f32[8]{0} custom-call(%kernel.2), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"BBB"}}
+  %kernel.1 = f32[8]{0} custom-call(%x), KERNEL{"body":"AAA"}}
+  %kernel.2 = f32[8]{0} custom-call(%kernel.1), KERNEL{"body":"AAA"}}
+  ROOT %other.3 = f32[8]{0} custom-call(%kernel.2), KERNEL{"body":"BBB"}}
 }
-"""
+""".replace("KERNEL", 'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":')
 
 
 def test_loops_count_as_often_as_they_run():

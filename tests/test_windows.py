@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 from magnet_jax.models import window_kernels, windows
 from magnet_jax.models.layers import batch_split_by
+from magnet_jax.models.order import arrange, restore, take_rows
 from magnet_jax.models.pixel_decoder import PixelDecoder
 from magnet_jax.models.sampling import cells_for, pixel_centres, sample
 from magnet_jax.sharding import make_mesh
@@ -44,9 +45,9 @@ def by_kernel(cells):
     @jax.jit
     def run(value, x, y, weights):
         raw = jnp.concatenate([a.reshape(2, PIXELS, -1) for a in (x, y, weights)], -1)
-        maps = windows.take_rows(windows.to_cells(value.reshape(2, PIXELS, -1), cells), cells.pixels)
-        out, missed = window_kernels.forward(maps, windows.to_cells(raw, cells), cells, HEADS, False)
-        return windows.from_cells(out, cells).reshape(value.shape), missed
+        maps = take_rows(arrange(value.reshape(2, PIXELS, -1), cells.order), cells.pixels)
+        out, missed = window_kernels.forward(maps, arrange(raw, cells.order), cells, HEADS, False)
+        return restore(out, cells.order).reshape(value.shape), missed
 
     return run
 
@@ -75,24 +76,22 @@ def value_and_gradients():
 )
 def test_every_query_is_in_one_cell(levels):
     cells, pixels = windows.cells_of(levels, 32), sum(h * w for h, w in levels)
-    assert sorted(cells.queries[cells.used]) == list(range(pixels))
-    np.testing.assert_array_equal(cells.queries[cells.places], np.arange(pixels))
-    array = np.arange(2 * pixels, dtype=np.float32).reshape(2, pixels, 1)
-    np.testing.assert_array_equal(windows.from_cells(windows.to_cells(array, cells), cells), array)
+    assert sorted(cells.order.rows[cells.order.used]) == list(range(pixels))
+    np.testing.assert_array_equal(cells.order.rows[cells.order.places], np.arange(pixels))
 
 
 def test_usual_pictures_fill_the_lanes():
     """480 pixels: 600 cells of 32 queries for four heads of 32 channels, whose windows are but a part of the large maps."""
     cells = cells_for(USUAL, 8, 32)
     assert (cells.strips, cells.blocks, cells.lanes) == (30, 20, 32)
-    assert (len(cells.queries), cells.used.sum()) == (19200, 19125)
+    assert (len(cells.order.rows), cells.order.used.sum()) == (19200, 19125)
     assert [rows.length for rows in cells.rows] == [16, 24, 24, 24]
     assert [columns.length for columns in cells.columns] == [16, 16, 16, 16]
 
 
 def test_padded_maps_have_the_pixels_row_by_row(cells):
     index = np.arange(PIXELS, dtype=np.int32)[None, :, None]
-    maps = np.asarray(windows.take_rows(windows.to_cells(index, cells), cells.pixels))[0, :, 0]
+    maps = np.asarray(take_rows(arrange(index, cells.order), cells.pixels))[0, :, 0]
     first = 0
     for (height, width), rows, columns, start in zip(
         LEVELS, cells.rows, cells.columns, cells.starts[:-1], strict=True
@@ -102,14 +101,7 @@ def test_padded_maps_have_the_pixels_row_by_row(cells):
             level[:height, :width].ravel(), np.arange(first, first + height * width)
         )
         first += height * width
-    np.testing.assert_array_equal(maps[cells.in_maps[cells.places]], np.arange(PIXELS))
-
-
-def test_gradients_of_cells_leave_out_places_without_a_query(cells):
-    array, ones = np.ones((1, PIXELS, 1), np.float32), np.ones((1, len(cells.queries), 1), np.float32)
-    back = jax.vjp(lambda a: windows.from_cells(a, cells), ones)[1](2 * array)[0]
-    np.testing.assert_array_equal(back[0, :, 0], 2 * cells.used)
-    np.testing.assert_array_equal(jax.vjp(lambda a: windows.to_cells(a, cells), array)[1](ones)[0], array)
+    np.testing.assert_array_equal(maps[cells.in_maps[cells.order.places]], np.arange(PIXELS))
 
 
 @pytest.mark.parametrize("reach", [0.0, 4.0, float(windows.REACH)])
@@ -137,7 +129,7 @@ def test_windows_end_where_they_say(by_kernel, cells, axis):
     query = (
         PIXELS - LEVELS[-1][0] * LEVELS[-1][1] // 2 + LEVELS[-1][1] // 2
     )  # In the middle of the finest map.
-    cell = cells.places[query] // cells.lanes
+    cell = cells.order.places[query] // cells.lanes
     level, number = (
         (cells.columns[-1], cell // cells.blocks) if axis else (cells.rows[-1], cell % cells.blocks)
     )

@@ -27,7 +27,7 @@ class DeformableAttention(nn.Module):
 
     query and source `[B, sum(H * W), C]`, shapes: (H, W) of every level -> `[B, sum(H * W), C]`.
     `sampling`: the form of `sampling.sample`; with `in_cells`, it is 'windows', and all of these `[B, places, C]` as
-    `windows.to_cells` gives them.
+    the order of `sampling.cells_for` has them.
     Source: Deformable DETR (arXiv 2010.04159); spec section 3.
     """
 

@@ -19,8 +19,9 @@ from magnet_jax.models.layers import (
     sine_position,
     xavier_uniform,
 )
+from magnet_jax.models.order import arrange, restore
 from magnet_jax.models.sampling import automatic, cells_for
-from magnet_jax.models.windows import Cells, Levels, from_cells, to_cells
+from magnet_jax.models.windows import Cells, Levels
 
 
 class PixelDecoderLayer(nn.Module):
@@ -81,13 +82,13 @@ class PixelDecoder(nn.Module):
         position = jnp.concatenate(positions).astype(self.dtype)
         cells = self.cells(tuple(shapes))
         if cells is not None:  # All layers in the order that sampling wants.
-            source, position = to_cells(source, cells), position[cells.queries]
+            source, position = arrange(source, cells.order), position[cells.order.rows]
         block = self.remat(PixelDecoderLayer, "decoder", static=3)
         fields = (self.heads, self.points, self.feedforward, self.sampling, self.dtype, cells is not None)
         for i in range(self.layers):
             source = block(*fields, name=f"layer_{i}")(source, position, tuple(shapes))
         if cells is not None:
-            source = from_cells(source, cells)
+            source = restore(source, cells.order)
 
         ends = np.cumsum([height * width for height, width in shapes])[:-1]
         refined = [

@@ -11,6 +11,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from magnet_jax.models import points, window_kernels, windows
 from magnet_jax.models.layers import on_each_device
+from magnet_jax.models.order import arrange, restore, take_rows
 from magnet_jax.models.windows import Cells, Levels
 
 # Up to this many pixels in all levels together, sampling is a matrix product on accelerators.
@@ -121,7 +122,7 @@ def _sample_in_cells(value, raw, levels, heads, offsets):
     """The result and, of each device, whether rows were read, as windows missed what a sample needs: `[1]` bool."""
 
     def on_device(value, raw):
-        maps = windows.take_rows(value, cells.pixels)
+        maps = take_rows(value, cells.pixels)
         out, missed = window_kernels.forward(maps, raw, cells, heads, offsets)
 
         def by_rows(value, raw):
@@ -139,9 +140,9 @@ def _rows_in_cells(value, raw, levels, heads, offsets):
     x, y, weights = jnp.split(raw.reshape(*raw.shape[:2], 3 * heads, -1), 3, 2)
     if offsets:
         centres = pixel_centres(levels, x.shape[-1] // len(levels))
-        x, y = (a + centre[cells.queries] for a, centre in zip((x, y), centres, strict=True))
+        x, y = (a + centre[cells.order.rows] for a, centre in zip((x, y), centres, strict=True))
         weights = jax.nn.softmax(weights, -1)
-    value = _by_head(windows.from_cells(value, cells), heads)
+    value = _by_head(restore(value, cells.order), heads)
     return _flat(_sample(value, x, y, weights, levels, "rows"))
 
 
@@ -157,9 +158,10 @@ def _sample_in_cells_forward(value, raw, *fields):
 
 def _sample_in_cells_backward(levels, heads, offsets, residuals, gradient):
     def by_kernel(value, raw, gradient):
-        maps = windows.take_rows(value, cells.pixels)
+        maps = take_rows(value, cells.pixels)
         by_maps, by_raw = window_kernels.backward(maps, raw, gradient, cells, heads, offsets)
-        return windows.in_places(by_maps, cells.in_maps, cells).astype(value.dtype), by_raw
+        by_value = jnp.where(cells.order.used[:, None], take_rows(by_maps, cells.in_maps), 0)
+        return by_value.astype(value.dtype), by_raw
 
     def by_rows(value, raw, gradient):
         rows = functools.partial(_rows_in_cells, levels=levels, heads=heads, offsets=offsets)
@@ -198,8 +200,8 @@ def _windows_forward(value, x, y, weights, levels):
     heads, channels = value.shape[2:]
     cells = cells_for(levels, heads, channels)
     raw = jnp.concatenate([_flat(a) for a in (x, y, weights)], -1)
-    arrays = (windows.to_cells(array, cells) for array in (_flat(value), raw))
-    return _by_head(windows.from_cells(sample_in_cells(*arrays, levels, heads, False), cells), heads)
+    arrays = (arrange(array, cells.order) for array in (_flat(value), raw))
+    return _by_head(restore(sample_in_cells(*arrays, levels, heads, False), cells.order), heads)
 
 
 def _windows_backward(levels, residuals, gradient):

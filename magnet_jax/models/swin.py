@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from magnet_jax.models.layers import (
     sine_position,
     truncated_normal,
 )
+from magnet_jax.models.order import TILE, Order, arrange, pad_rows, restore
 
 
 @functools.cache
@@ -51,6 +53,29 @@ def shift_mask(height: int, width: int, window: int) -> np.ndarray:
     return np.where(regions[:, :, None] == regions[:, None], 0.0, -100.0).astype(np.float32)
 
 
+def into_rows(x: jax.Array) -> jax.Array:
+    """Pixels as rows, and as many of zeros after them as make a multiple of TILE: `[B, H, W, C] -> [B, rows, C]`."""
+    return pad_rows(x.reshape(x.shape[0], -1, x.shape[-1]))
+
+
+def from_rows(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """The way back: `[B, rows, C] -> [B, H, W, C]`."""
+    return x[:, : math.prod(size)].reshape(x.shape[0], *size, x.shape[-1])
+
+
+@functools.cache
+def window_order(height: int, width: int, window: int, shifted: bool) -> Order:
+    """The rows of `into_rows` at the places of the windows of `into_windows`."""
+    rows, columns = -(-height // window), -(-width // window)
+    shift = window // 2 if shifted else 0
+    y = (np.arange(height) - shift) % (rows * window)
+    x = (np.arange(width) - shift) % (columns * window)
+    windows = (y // window)[:, None] * columns + x // window
+    places = ((windows * window + (y % window)[:, None]) * window + x % window).ravel()
+    places = np.pad(places, (0, -len(places) % TILE), constant_values=-1)
+    return Order.of(places, rows * columns * window**2)
+
+
 def into_windows(x: jax.Array, window: int, shifted: bool) -> jax.Array:
     """Pads with zeros to whole windows, rolls a map whose windows are shifted, and cuts it.
 
@@ -79,7 +104,8 @@ class WindowAttention(nn.Module):
     """Multi-head attention within (shifted) windows: `[B, H, W, C] -> [B, H, W, C]`.
 
     `form` is how it is computed, with the same result: 'heads', one head after the other in memory, which suits CPUs and
-    GPUs; 'lanes', the channels as they are, which suits TPUs (see `attend_by_lanes`).
+    GPUs; 'lanes', the channels as they are, which suits TPUs (see `attend_by_lanes`). With the latter, `size` (H, W) says
+    that pixels are rows already, as `into_rows` makes them: `[B, rows, C] -> [B, rows, C]`.
     """
 
     heads: int
@@ -87,10 +113,12 @@ class WindowAttention(nn.Module):
     shifted: bool
     dtype: Any = jnp.float32
     form: str = "heads"
+    size: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(self, x):
-        batch, height, width, channels = x.shape
+        batch, channels = x.shape[0], x.shape[-1]
+        height, width = self.size or x.shape[1:3]
         window, head_width = self.window, channels // self.heads
         rows, columns = -(-height // window), -(-width // window)
         shape, pixels = (batch, rows, columns), window * window
@@ -101,12 +129,14 @@ class WindowAttention(nn.Module):
         bias = table[relative_position_index(window)].transpose(2, 0, 1)  # [heads, pixels, pixels]
 
         if self.form == "lanes":
-            x = into_windows(x, window, self.shifted).swapaxes(2, 3)
-            x = x.reshape(batch, rows * columns, pixels, channels)
+            order = window_order(height, width, window, self.shifted)
+            x = arrange(x if self.size else into_rows(x), order).reshape(
+                batch, rows * columns, pixels, channels
+            )
             regions = shift_regions(rows * window, columns * window, window) if self.shifted else None
             x = attend_by_lanes(*jnp.split(qkv(x), 3, -1), bias, scale=scale, regions=regions)
-            x = proj(x).reshape(*shape, window, window, channels).swapaxes(2, 3)
-            return from_windows(x, height, width, self.shifted)
+            x = proj(restore(x.reshape(batch, -1, channels), order))
+            return x if self.size else from_rows(x, (height, width))
 
         if self.shifted:
             bias = bias + shift_mask(rows * window, columns * window, window)[:, None]
@@ -132,11 +162,15 @@ class SwinBlock(nn.Module):
     drop_path: float
     dtype: Any = jnp.float32
     attention: str = "heads"
+    size: tuple[int, int] | None = None  # With 'lanes': see `WindowAttention`.
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         y = LayerNorm(name="norm1")(x)
-        y = WindowAttention(self.heads, self.window, self.shifted, self.dtype, self.attention, name="attn")(y)
+        attention = WindowAttention(
+            self.heads, self.window, self.shifted, self.dtype, self.attention, self.size, name="attn"
+        )
+        y = attention(y)
         x += DropPath(self.drop_path)(y, train=train)
         y = LayerNorm(name="norm2")(x)
         y = gelu(Dense(4 * x.shape[-1], kernel_init=truncated_normal, dtype=self.dtype, name="fc1")(y))
@@ -158,12 +192,14 @@ class SwinStage(nn.Module):
     @nn.compact
     def __call__(self, x, *, train: bool = False):
         block = self.remat(SwinBlock, f"stage_{self.number}", static=2)
+        size = x.shape[1:3]
+        fields = (self.dtype, self.attention)
+        if self.attention == "lanes":
+            x = into_rows(x)
+            fields += (size,)
         for i, rate in enumerate(self.drop_paths):
-            shifted = i % 2 == 1
-            x = block(self.heads, self.window, shifted, rate, self.dtype, self.attention, name=f"block_{i}")(
-                x, train
-            )
-        return x
+            x = block(self.heads, self.window, i % 2 == 1, rate, *fields, name=f"block_{i}")(x, train)
+        return from_rows(x, size) if self.attention == "lanes" else x
 
 
 class PatchEmbed(nn.Module):

@@ -1,9 +1,9 @@
 """Deformable attention within windows as two Pallas kernels for TPUs, forward and backward (see `windows`).
 
-A kernel goes through the strips of a picture, whose maps of values stay in the fast memory meanwhile. Of a strip, it reads the
-columns of each level that its windows have, in tiles of 8 rows by 16 columns; then, cell by cell, it makes the matrix of hat
-functions of a tile, [128 pixels, heads * queries], and multiplies. Heads lie side by side in the lanes, so that of a product
-with the channels of all of them the blocks are kept that belong to one head.
+A kernel goes through the strips of a picture, whose maps of values stay in the fast memory meanwhile. Of a strip, it reads
+the columns of each level that its windows have, in tiles of 8 rows by 16 columns; then, cell by cell, it makes the matrix of
+hat functions of a tile, [128 pixels, heads * queries], and multiplies. Heads lie side by side in the lanes, so that of a
+product with the channels of all of them the blocks are kept that belong to one head.
 
 Arrays of a kernel, of B pictures:
 
@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from magnet_jax.models.windows import COLUMNS, LANES, TILE_ROWS, Cells, heads_together
+from magnet_jax.models.windows import COLUMNS, TILE_ROWS, Cells, heads_together
 
 _PIXELS = TILE_ROWS * COLUMNS  # Of a tile.
 _MEMORY = 100 * 2**20  # Bytes of a TPU's fast memory, at most.

@@ -15,9 +15,9 @@ import dataclasses
 import functools
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+from magnet_jax.models.order import Order
 
 CELL = (
     6,
@@ -50,15 +50,11 @@ class Cells:
     strips: int
     blocks: int  # Cells in a strip, from top to bottom.
     lanes: int
-    queries: (
-        np.ndarray
-    )  # [strips * blocks * lanes] int32: which query is at each place; the first one if none is.
-    used: np.ndarray  # [strips * blocks * lanes] bool.
-    places: np.ndarray  # [queries] int32: the place of each.
+    order: Order  # Of the queries, at strips * blocks * lanes places.
     rows: tuple[Windows, ...]  # Of every level, for each block,
     columns: tuple[Windows, ...]  # and for each strip.
     pixels: np.ndarray  # [pixels of all maps] int32: places of the pixels of the padded maps, row by row,
-    in_maps: np.ndarray  # [strips * blocks * lanes] int32: and where each place's query is in them.
+    in_maps: np.ndarray  # [places] int32: and where each place's query is in them.
     # [strips, blocks, 2 * levels, lanes] float32: x of every level, then y, in pixels of the cell's windows; far outside
     # where there is no query.
     centres: np.ndarray  # Of the query's place,
@@ -86,8 +82,7 @@ def cells_of(levels: Levels, lanes: int) -> Cells | None:
     if cell is None:
         return None
     places = (cell[:, 1] * grid[0] + cell[:, 0]) * lanes + lane
-    queries, used = np.zeros(math.prod(grid) * lanes, np.int32), np.zeros(math.prod(grid) * lanes, bool)
-    queries[places], used[places] = np.arange(len(places)), True
+    order = Order.of(places, math.prod(grid) * lanes)
     axes = []
     for axis in (0, 1):
         sizes = [level[axis] for level in levels]
@@ -95,7 +90,7 @@ def cells_of(levels: Levels, lanes: int) -> Cells | None:
     rows, columns = axes
     if any(windows.length > COLUMNS for windows in columns):
         return None
-    pixels, in_maps, start = [], np.zeros(len(queries), np.int32), 0
+    pixels, in_maps, start = [], np.zeros(len(order.rows), np.int32), 0
     for (height, width), down, across in zip(levels, rows, columns, strict=True):
         level = places[start : start + height * width]
         padded = np.full((down.padded, across.padded), level[0], np.int32)
@@ -104,12 +99,9 @@ def cells_of(levels: Levels, lanes: int) -> Cells | None:
         in_maps[level] = sum(map(len, pixels)) + row * across.padded + column
         pixels.append(padded.ravel())
         start += height * width
+    in_windows = [_in_windows(place, order.used, rows, columns, lanes) for place in (at[order.rows], None)]
     return Cells(
-        *(int(grid[1]), int(grid[0]), lanes),
-        *(queries, used, places.astype(np.int32)),
-        *(rows, columns),
-        *(np.concatenate(pixels), in_maps),
-        *(_in_windows(place, used, rows, columns, lanes) for place in (at[queries], None)),
+        int(grid[1]), int(grid[0]), lanes, order, rows, columns, np.concatenate(pixels), in_maps, *in_windows
     )
 
 
@@ -182,46 +174,3 @@ def _windows(at: np.ndarray, cell: np.ndarray, cells: int, size: int, axis: int)
     if axis:  # Read are two times 16 columns that have the window in them.
         padded = COLUMNS if padded == COLUMNS else int(first.max() // COLUMNS + 2) * COLUMNS
     return Windows(first, length, size, padded)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def to_cells(array: jax.Array, cells: Cells) -> jax.Array:
-    """`[B, Q, ...]` of queries to `[B, places, ...]`; places without a query have what the first one has, but no gradient."""
-    return take_rows(array, cells.queries)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def from_cells(array: jax.Array, cells: Cells) -> jax.Array:
-    """The way back: `[B, Q, ...]`."""
-    return take_rows(array, cells.places)
-
-
-def in_places(array: jax.Array, rows: np.ndarray, cells: Cells) -> jax.Array:
-    """`[B, N, ...]` -> `[B, places, ...]`: of each place the row that it says, and zero where there is no query."""
-    used = cells.used.reshape(-1, *(array.ndim - 2) * [1])
-    return jnp.where(used, take_rows(array, rows), 0)
-
-
-# Gathered as well: what a compiler makes of their gradients would be scattered.
-to_cells.defvjp(
-    lambda array, cells: (to_cells(array, cells), None),
-    lambda cells, _, gradient: (from_cells(gradient, cells),),
-)
-from_cells.defvjp(
-    lambda array, cells: (from_cells(array, cells), None),
-    lambda cells, _, gradient: (in_places(gradient, cells.queries, cells),),
-)
-
-
-def take_rows(array: jax.Array, rows: np.ndarray) -> jax.Array:
-    """`[B, N, ...]` -> `[B, rows, ...]`, as rows of one matrix: otherwise a TPU lays out the batch within them."""
-    # Nor would it take pictures for parts of a matrix that end within a tile of its memory.
-    array = jnp.pad(array, ((0, 0), (0, -array.shape[1] % _TILE), *(array.ndim - 2) * [(0, 0)]))
-    batch, count = array.shape[:2]
-    padded = np.pad(rows, (0, -len(rows) % _TILE))
-    padded = (jnp.arange(batch, dtype=jnp.int32)[:, None] * count + padded).ravel()
-    taken = array.reshape(batch * count, -1).at[padded].get(mode="promise_in_bounds")
-    return taken.reshape(batch, -1, *array.shape[2:])[:, : len(rows)]
-
-
-_TILE = 16  # Rows that lie together in a TPU's memory, of two bytes each.
