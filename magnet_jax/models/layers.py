@@ -144,10 +144,19 @@ class LayerNorm(nn.Module):
     def __call__(self, x):
         scale = self.param("scale", ones, (x.shape[-1],))
         bias = self.param("bias", zeros, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y -= y.mean(-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        return (y * scale + bias).astype(x.dtype)
+        return (_normalised(x, -1, self.epsilon) * scale + bias).astype(x.dtype)
+
+
+def _normalised(x: jax.Array, axes: int | tuple[int, ...], epsilon: float) -> jax.Array:
+    """x minus its mean over its deviation, float32."""
+    y = x.astype(jnp.float32)
+    mean = y.mean(axes, keepdims=True)
+    if x.dtype == jnp.float32:
+        y -= mean
+        return y * jax.lax.rsqrt(jnp.square(y).mean(axes, keepdims=True) + epsilon)
+    # One look at numbers of 8 bits gives both sums, with digits to spare.
+    variance = jnp.maximum(jnp.square(y).mean(axes, keepdims=True) - jnp.square(mean), 0)
+    return (y - mean) * jax.lax.rsqrt(variance + epsilon)
 
 
 class GroupNorm(nn.Module):
@@ -161,9 +170,7 @@ class GroupNorm(nn.Module):
         batch, pixels, channels = x.shape
         scale = self.param("scale", ones, (channels,))
         bias = self.param("bias", zeros, (channels,))
-        y = x.astype(jnp.float32).reshape(batch, pixels, self.groups, channels // self.groups)
-        y -= y.mean((1, 3), keepdims=True)
-        y *= jax.lax.rsqrt(jnp.square(y).mean((1, 3), keepdims=True) + self.epsilon)
+        y = _normalised(x.reshape(batch, pixels, self.groups, -1), (1, 3), self.epsilon)
         return (y.reshape(x.shape) * scale + bias).astype(x.dtype)
 
 
