@@ -84,8 +84,10 @@ def _linear_backward(residuals, gradient):
     x, kernel, bias = residuals
     gradient = _split(gradient)
     leading = tuple(range(x.ndim - 1))
+    # As one product of two matrices: of one with two summed axes, a TPU's compiler makes far more of a program.
+    rows = (a.reshape(-1, a.shape[-1]) for a in (x, gradient))
     kernel_gradient = jax.lax.dot_general(
-        x, gradient, ((leading, leading), ((), ())), preferred_element_type=kernel.dtype
+        *rows, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype
     )
     bias_gradient = None if bias is None else gradient.astype(bias.dtype).sum(leading)
     return _split(gradient @ kernel.astype(x.dtype).T), kernel_gradient, bias_gradient
