@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from magnet_jax.models import attention_kernels
+from magnet_jax.models.layers import on_each_device
 
 _LANES = 128  # Of a TPU's registers and of its matrix unit.
 
@@ -29,12 +35,12 @@ def attend_by_head(query, key, value, *, scale: float, bias=None) -> jax.Array:
     return jnp.matmul(jax.nn.softmax(logits, axis=-1).astype(value.dtype), value)
 
 
-def attend_by_lanes(query, key, value, bias, *, scale: float, regions: np.ndarray | None = None) -> jax.Array:
+def attend_by_lanes(query, key, value, bias, *, scale: float, mask: np.ndarray | None = None) -> jax.Array:
     """Multi-head attention within windows, without taking the heads apart: `[B, windows, N, C]` each, and the result.
 
-    bias [heads, N, N]; regions [windows, N]: attention is between pixels of one region only (-100 elsewhere). As many heads
-    as fit side by side into the lanes of a register stay so; each sees queries and values in which the channels of the
-    others are zero. The products, short of a matrix unit's width, cost no more, and nothing is laid out anew.
+    bias [heads, N, N] and mask [windows, N, N] are added to the logits. As many heads as fit side by side into the lanes of
+    a register stay so; each sees queries and values in which the channels of the others are zero. The products, short of a
+    matrix unit's width, cost no more, and nothing is laid out anew.
     """
     heads, channels = bias.shape[0], query.shape[-1]
     width = channels // heads
@@ -50,9 +56,79 @@ def attend_by_lanes(query, key, value, bias, *, scale: float, regions: np.ndarra
             "bnhqc,bnkc->bnhqk", (q * scale)[:, :, None] * own, k, preferred_element_type=jnp.float32
         )
         logits += bias[group * together : (group + 1) * together]
-        if regions is not None:
-            same = regions[:, None, :, None] == regions[:, None, None]
-            logits += jnp.where(same, 0.0, -100.0)
+        if mask is not None:
+            logits += mask[:, None]
         weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
         outputs.append(jnp.einsum("bnhqk,bnhkc->bnqc", weights, v[:, :, None] * own))
     return jnp.concatenate(outputs, -1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WindowMask:
+    """What is added to the logits of every window; few kinds of windows differ."""
+
+    kinds: np.ndarray  # [windows] int32: which mask each has.
+    masks: np.ndarray  # [kinds, N, N] float32, 0 or -100.
+
+    @classmethod
+    def of(cls, regions: np.ndarray) -> WindowMask:
+        """Attention is between pixels of one region only; regions `[windows, N]`."""
+        same = regions[:, :, None] == regions[:, None]
+        masks, kinds = np.unique(same, axis=0, return_inverse=True)
+        return cls(kinds.ravel().astype(np.int32), np.where(masks, 0.0, -100.0).astype(np.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def attend_in_windows(qkv: jax.Array, bias: jax.Array, mask: WindowMask | None, scale: float) -> jax.Array:
+    """`attend_by_lanes` of queries, keys and values side by side, `[B, windows, N, 3 * C]` -> `[B, windows, N, C]`.
+
+    On a TPU by kernels that keep logits in the fast memory, where the heads suit them.
+    """
+
+    def by_kernel(qkv, bias):
+        return attention_kernels.forward(qkv, bias, _for_kernel(mask), scale)
+
+    return _on_tpu(by_kernel, functools.partial(_by_lanes, mask=mask, scale=scale), qkv, bias)
+
+
+def _attend_in_windows_backward(mask, scale, residuals, gradient):
+    def by_kernel(qkv, gradient, bias):
+        by_qkv, by_bias = attention_kernels.backward(qkv, bias, gradient, _for_kernel(mask), scale)
+        return by_qkv, by_bias[None]
+
+    def by_lanes(qkv, gradient, bias):
+        by_qkv, by_bias = jax.vjp(functools.partial(_by_lanes, mask=mask, scale=scale), qkv, bias)[1](
+            gradient
+        )
+        return by_qkv, by_bias[None]
+
+    qkv, bias = residuals
+    by_qkv, by_bias = _on_tpu(by_kernel, by_lanes, qkv, gradient, bias)
+    return by_qkv, by_bias.sum(0)  # Over the devices.
+
+
+attend_in_windows.defvjp(
+    lambda qkv, bias, *fields: (attend_in_windows(qkv, bias, *fields), (qkv, bias)),
+    _attend_in_windows_backward,
+)
+
+
+def _by_lanes(qkv, bias, mask: WindowMask | None, scale: float) -> jax.Array:
+    added = None if mask is None else mask.masks[mask.kinds]
+    return attend_by_lanes(*jnp.split(qkv, 3, -1), bias, scale=scale, mask=added)
+
+
+def _for_kernel(mask: WindowMask | None):
+    return None if mask is None else (mask.kinds, mask.masks)
+
+
+def _on_tpu(by_kernel, other, *arrays):
+    """By a kernel on a TPU, where it suits; the last of the arrays is the bias, of which every device has all."""
+    *of_examples, bias = arrays
+    if not attention_kernels.fits(len(bias), of_examples[0].shape[-1] // 3):
+        by_kernel = other
+
+    def on_device(*arrays):
+        return jax.lax.platform_dependent(*arrays, tpu=by_kernel, default=other)
+
+    return on_each_device(on_device, *of_examples, shared=(bias,))

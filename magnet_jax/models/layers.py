@@ -55,17 +55,18 @@ def _split(x: jax.Array) -> jax.Array:
     )
 
 
-def on_each_device(function: Callable, *arrays: jax.Array):
-    """`function(*arrays)` of arrays `[B, ...]` and with such results, by each device of its own examples.
+def on_each_device(function: Callable, *arrays: jax.Array, shared: tuple[jax.Array, ...] = ()):
+    """`function(*arrays, *shared)` of arrays `[B, ...]` and with such results, by each device of its own examples.
 
     For what the compiler cannot divide by itself. `batch_split_by` says over what the examples are split.
     """
     if _batch.get() is None:
-        return function(*arrays)
+        return function(*arrays, *shared)
     sharding, size = _batch.get()
     spec = sharding.spec if len(arrays[0]) == size else PartitionSpec()
-    return jax.shard_map(function, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False)(
-        *arrays
+    specs = (*len(arrays) * (spec,), *len(shared) * (PartitionSpec(),))
+    return jax.shard_map(function, mesh=sharding.mesh, in_specs=specs, out_specs=spec, check_vma=False)(
+        *arrays, *shared
     )
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax.models.attention import attend_by_head, attend_by_lanes
+from magnet_jax.models.attention import WindowMask, attend_by_head, attend_in_windows
 from magnet_jax.models.layers import (
     Dense,
     DropPath,
@@ -51,6 +51,12 @@ def shift_mask(height: int, width: int, window: int) -> np.ndarray:
     """Additive mask of a rolled map that keeps its regions apart: `[windows, window**2, window**2]`, 0 or -100."""
     regions = shift_regions(height, width, window)
     return np.where(regions[:, :, None] == regions[:, None], 0.0, -100.0).astype(np.float32)
+
+
+@functools.cache
+def window_mask(height: int, width: int, window: int) -> WindowMask:
+    """The same, as window attention in lanes takes it."""
+    return WindowMask.of(shift_regions(height, width, window))
 
 
 def into_rows(x: jax.Array) -> jax.Array:
@@ -133,8 +139,8 @@ class WindowAttention(nn.Module):
             x = arrange(x if self.size else into_rows(x), order).reshape(
                 batch, rows * columns, pixels, channels
             )
-            regions = shift_regions(rows * window, columns * window, window) if self.shifted else None
-            x = attend_by_lanes(*jnp.split(qkv(x), 3, -1), bias, scale=scale, regions=regions)
+            mask = window_mask(rows * window, columns * window, window) if self.shifted else None
+            x = attend_in_windows(qkv(x), bias, mask, scale)
             x = proj(restore(x.reshape(batch, -1, channels), order))
             return x if self.size else from_rows(x, (height, width))
 
