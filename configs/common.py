@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
     decoder.points = 4  # Samples per query, head and level.
     decoder.feedforward = 1024
     decoder.groups = 32  # Of the group normalisation of its inputs.
-    # 'auto': the fastest way on the platform; or 'gather' (the reference), 'dense', 'points', 'rows'.
+    # 'auto': the fastest way on the platform; or 'gather' (the reference), 'dense', 'points', 'rows', 'windows'.
     decoder.sampling = "auto"
     model.mask_predictor = predictor = ConfigDict()
     predictor.layers = 9

@@ -115,8 +115,8 @@ def make_train_step(
         metrics["left_out"] = (~batch["valid"]).sum().astype(jnp.float32)
         if axis_name is not None:
             gradient, metrics = jax.lax.psum((gradient, metrics), axis_name)
-        # All are needed before one is used. Otherwise a TPU's compiler sums up squares while it multiplies matrices, which takes
-        # it minutes to arrange.
+        # All are needed before one is used. A TPU would else sum up squares while it multiplies matrices, which takes its
+        # compiler minutes to arrange.
         gradient = jax.lax.optimization_barrier(gradient)
         metrics["grad_norm"] = optax.global_norm(gradient)
         if schedule is not None:
