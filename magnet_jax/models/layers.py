@@ -85,8 +85,9 @@ def _linear_backward(residuals, gradient):
     x, kernel, bias = residuals
     gradient = _split(gradient)
     leading = tuple(range(x.ndim - 1))
-    # As one product of two matrices: of one with two summed axes, a TPU's compiler makes far more of a program.
-    rows = (a.reshape(-1, a.shape[-1]) for a in (x, gradient))
+    # As one product of two matrices in memory: a TPU's compiler makes a far longer program of one with two summed axes, or
+    # within which x is computed anew.
+    rows = (a.reshape(-1, a.shape[-1]) for a in (jax.lax.optimization_barrier(x), gradient))
     kernel_gradient = jax.lax.dot_general(
         *rows, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype
     )
