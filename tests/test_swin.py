@@ -12,6 +12,7 @@ from magnet_jax.models.swin import (
     ATTENTION_FORMS,
     PatchEmbed,
     PatchMerging,
+    PatchProjection,
     Swin,
     WindowAttention,
     relative_position_index,
@@ -139,8 +140,9 @@ def test_the_platform_chooses_the_form(platform, form):
         build_model(config, platform)
 
 
+@pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("size", [(4, 6), (3, 5)])
-def test_patch_merging_order_and_padding(size):
+def test_patch_merging_order_and_padding(size, by_rows):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2, *size, 3)).astype(np.float32)
     params = random_params(rng, PatchMerging(), x)
@@ -149,13 +151,14 @@ def test_patch_merging_order_and_padding(size):
     padded[:, : size[0], : size[1]] = x
     quarters = [padded[:, dy::2, dx::2] for dy, dx in ((0, 0), (1, 0), (0, 1), (1, 1))]
     expected = layer_norm(np.concatenate(quarters, -1), p["norm"]) @ p["reduction"]["kernel"]
-    np.testing.assert_allclose(PatchMerging().apply(params, x), expected, atol=1e-5)
+    np.testing.assert_allclose(PatchMerging(by_rows).apply(params, x), expected, atol=1e-5)
 
 
-def test_patches_are_padded_right_and_bottom():
+@pytest.mark.parametrize("by_planes", [False, True])
+def test_patches_are_padded_right_and_bottom(by_planes):
     rng = np.random.default_rng(2)
     image = rng.normal(size=(1, 6, 9, 3)).astype(np.float32)
-    module = PatchEmbed(5)
+    module = PatchEmbed(5, by_planes=by_planes)
     params = random_params(rng, module, image)
     p = params["params"]
     padded = np.zeros((8, 12, 3))
@@ -166,6 +169,23 @@ def test_patches_are_padded_right_and_bottom():
             patch = padded[4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
             expected[y, x] = np.einsum("hwc,hwcd->d", patch, p["proj"]["kernel"]) + p["proj"]["bias"]
     np.testing.assert_allclose(module.apply(params, image)[0], layer_norm(expected, p["norm"]), atol=1e-5)
+
+
+def test_both_ways_of_projecting_patches_agree():
+    """On pictures of more columns than a register has, in value and gradient."""
+    rng = np.random.default_rng(6)
+    image = rng.normal(size=(2, 8, 268, 3)).astype(np.float32)
+    params = random_params(rng, PatchProjection(5, 4), image)
+
+    def values(by_planes):
+        module = PatchProjection(5, 4, by_planes)
+        out, pull = jax.vjp(module.apply, params, image)
+        return jax.tree.leaves(
+            (out, pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)))
+        )
+
+    for a, b in zip(values(False), values(True), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_absolute_position_is_added_to_the_patches():

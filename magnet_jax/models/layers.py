@@ -58,14 +58,20 @@ def _split(x: jax.Array) -> jax.Array:
 def on_each_device(function: Callable, *arrays: jax.Array, shared: tuple[jax.Array, ...] = ()):
     """`function(*arrays, *shared)` of arrays `[B, ...]` and with such results, by each device of its own examples.
 
-    For what the compiler cannot divide by itself. `batch_split_by` says over what the examples are split.
+    For what the compiler cannot divide by itself, or does not see to be divided as examples are. `batch_split_by` says over
+    what they are split; within the function they are not any more.
     """
     if _batch.get() is None:
         return function(*arrays, *shared)
     sharding, size = _batch.get()
     spec = sharding.spec if len(arrays[0]) == size else PartitionSpec()
     specs = (*len(arrays) * (spec,), *len(shared) * (PartitionSpec(),))
-    return jax.shard_map(function, mesh=sharding.mesh, in_specs=specs, out_specs=spec, check_vma=False)(
+
+    def on_device(*arrays):
+        with batch_split_by(None, 0):
+            return function(*arrays)
+
+    return jax.shard_map(on_device, mesh=sharding.mesh, in_specs=specs, out_specs=spec, check_vma=False)(
         *arrays, *shared
     )
 

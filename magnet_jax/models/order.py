@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magnet_jax.models.layers import on_each_device
+
 TILE = 16  # Rows that lie together in a TPU's memory, of two bytes a number.
 
 
@@ -35,13 +37,16 @@ class Order:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def arrange(array: jax.Array, order: Order) -> jax.Array:
     """`[B, N, C]` -> `[B, P, C]`, zero at empty places."""
-    return _filled(take_rows(array, order.rows), order.used)
+    return on_each_device(lambda array: _filled(take_rows(array, order.rows), order.used), array)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def restore(array: jax.Array, order: Order) -> jax.Array:
     """The way back, `[B, P, C]` -> `[B, N, C]`, zero where a row means nothing."""
-    return _filled(take_rows(array, np.maximum(order.places, 0)), order.places >= 0)
+    known = order.places >= 0
+    return on_each_device(
+        lambda array: _filled(take_rows(array, np.where(known, order.places, 0)), known), array
+    )
 
 
 arrange.defvjp(
@@ -57,7 +62,10 @@ def _filled(array: jax.Array, used: np.ndarray) -> jax.Array:
 
 
 def take_rows(array: jax.Array, rows: np.ndarray) -> jax.Array:
-    """`[B, N, C]` -> `[B, rows, C]`, as rows of one matrix: otherwise a TPU lays out the batch within them."""
+    """`[B, N, C]` -> `[B, rows, C]`, as rows of one matrix: otherwise a TPU lays out the batch within them.
+
+    To be called `on_each_device`, since a compiler does not see that the rows of an example are its own.
+    """
     # Nor would it take pictures for parts of a matrix that end within a tile of its memory.
     array = pad_rows(array)
     batch, count, channels = array.shape

@@ -100,12 +100,16 @@ class _Shape:
 
 
 def _for_all_tiles(shape: _Shape, run) -> None:
-    """`run(group, level, tile)` for the tiles of a strip."""
-    for group in range(shape.groups):
-        for level, rows in enumerate(shape.cells.rows):
-            jax.lax.fori_loop(
-                0, rows.padded // TILE_ROWS, lambda tile, _, at=(group, level): run(*at, tile), None
-            )
+    """`run(group, level, tile)` for the tiles of a strip; those of all groups together, so that units need not wait."""
+
+    def of_tile(level, tile):
+        for group in range(shape.groups):
+            run(group, level, tile)
+
+    for level, rows in enumerate(shape.cells.rows):
+        jax.lax.fori_loop(
+            0, rows.padded // TILE_ROWS, lambda tile, _, level=level: of_tile(level, tile), None
+        )
 
 
 def _read_tile(maps, shape: _Shape, group: int, level: int, tile, first) -> jax.Array:
