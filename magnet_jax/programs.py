@@ -36,6 +36,7 @@ class Program:
     """
 
     function: Callable
+    plain: Callable  # The same as the network is defined, whatever forms suit the devices.
     state: Any
     shardings: Any
     batch: dict[str, jax.ShapeDtypeStruct]
@@ -44,8 +45,8 @@ class Program:
     parameters: int
 
     def flops(self) -> int:
-        """Of matrix products and convolutions, see `count_flops`."""
-        return count_flops(jax.make_jaxpr(self.function)(self.state, self.batch).jaxpr)
+        """Of matrix products and convolutions of the network as it is defined, see `count_flops`."""
+        return count_flops(jax.make_jaxpr(self.plain)(self.state, self.batch).jaxpr)
 
 
 def build_program(config: ConfigDict, mesh: Mesh, step: str, where: str = "this machine") -> Program:
@@ -73,23 +74,35 @@ def build_program(config: ConfigDict, mesh: Mesh, step: str, where: str = "this 
         state = init_state(network, tx, config.seed, batch, ema=ema)
         return state if step == "train" else state.variables
 
+    def function(network):
+        if step == "train":
+            train_step = configured_train_step(config, network, tx, schedule, **Jit(mesh).within_step)
+            return jit_train_step(train_step, shardings, mesh)
+        if step == "gradient":
+            return jax.jit(
+                make_gradient(network, config.loss, batch_sharding(mesh)),
+                in_shardings=(shardings, batch_sharding(mesh)),
+                out_shardings=(replicated(mesh), shardings["params"]),
+            )
+        return jit_eval_step(network, shardings, mesh)
+
     state = jax.eval_shape(init)
     shardings = state_sharding(state, mesh, config.sharding)
-    if step == "train":
-        train_step = configured_train_step(config, network, tx, schedule, **Jit(mesh).within_step)
-        function = jit_train_step(train_step, shardings, mesh)
-    elif step == "gradient":
-        function = jax.jit(
-            make_gradient(network, config.loss, batch_sharding(mesh)),
-            in_shardings=(shardings, batch_sharding(mesh)),
-            out_shardings=(replicated(mesh), shardings["params"]),
-        )
-    else:
-        function = jit_eval_step(network, shardings, mesh)
     params = state.params if step == "train" else state["params"]
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     jitted_init = jax.jit(init, out_shardings=shardings)
-    return Program(function, state, shardings, batch, jitted_init, size, parameters)
+    plain = function(build_network(_without_forms(config), "cpu"))
+    return Program(function(network), plain, state, shardings, batch, jitted_init, size, parameters)
+
+
+def _without_forms(config: ConfigDict) -> ConfigDict:
+    """The same computed in forms that have no products but those of the network itself."""
+    config = config.copy_and_resolve_references()
+    if "swin" in config.model:
+        config.model.swin.attention = "auto"
+    if "pixel_decoder" in config.model:
+        config.model.pixel_decoder.sampling = "auto"
+    return config
 
 
 def random_batch(program: Program, config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
