@@ -29,10 +29,48 @@ def attend_by_head(query, key, value, *, scale: float, bias=None) -> jax.Array:
 
     In this order, a CPU computes products, bias and softmax as one operation.
     """
-    logits = jnp.matmul(query * scale, jnp.swapaxes(key, -1, -2), preferred_element_type=jnp.float32)
+    return _attend(query, key, value, bias, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query, key, value, bias, scale):
+    return _attend_forward(query, key, value, bias, scale)[0]
+
+
+def _attend_forward(query, key, value, bias, scale):
+    logits = jnp.matmul(query * scale, _transposed(key), preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias
-    return jnp.matmul(jax.nn.softmax(logits, axis=-1).astype(value.dtype), value)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.matmul(weights, value), (query, key, value, bias, weights)
+
+
+def _attend_backward(scale, residuals, gradient):
+    # The compiler would keep the exponentials and the transposed weights as well; none of the weights' size is needed but
+    # they themselves, and what is transposed is small.
+    query, key, value, bias, weights = residuals
+    by_weights = jnp.matmul(gradient, _transposed(value), preferred_element_type=jnp.float32) * weights
+    by_logits = by_weights - weights * by_weights.sum(-1, keepdims=True)
+    by_bias = None if bias is None else _summed_to(bias.shape, by_logits).astype(bias.dtype)
+    by_logits = by_logits.astype(query.dtype)
+    by_query = jnp.matmul(by_logits, key) * scale
+    by_key = _transposed(jnp.matmul(_transposed(query * scale), by_logits))
+    by_value = _transposed(jnp.matmul(_transposed(gradient), weights))
+    return by_query, by_key, by_value, by_bias
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def _summed_to(shape: tuple[int, ...], x: jax.Array) -> jax.Array:
+    """The sum over all axes along which an array of that shape is repeated to be of the shape of x."""
+    x = x.sum(tuple(range(x.ndim - len(shape))))
+    repeated = tuple(axis for axis, (own, size) in enumerate(zip(shape, x.shape, strict=True)) if own < size)
+    return x.sum(repeated, keepdims=True)
 
 
 def attend_by_lanes(query, key, value, bias, *, scale: float, mask: np.ndarray | None = None) -> jax.Array:

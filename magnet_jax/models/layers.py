@@ -154,19 +154,41 @@ class LayerNorm(nn.Module):
     def __call__(self, x):
         scale = self.param("scale", ones, (x.shape[-1],))
         bias = self.param("bias", zeros, (x.shape[-1],))
-        return (_normalised(x, -1, self.epsilon) * scale + bias).astype(x.dtype)
+        return _layer_norm(x, scale, bias, self.epsilon)
 
 
-def _normalised(x: jax.Array, axes: int | tuple[int, ...], epsilon: float) -> jax.Array:
-    """x minus its mean over its deviation, float32."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(x, scale, bias, epsilon):
+    mean, inverse = _statistics(x, -1, epsilon)
+    y = (x.astype(jnp.float32) - mean) * inverse * scale + bias
+    return y.astype(x.dtype), (x, mean, inverse, scale)
+
+
+def _layer_norm_backward(epsilon, residuals, gradient):
+    x, mean, inverse, scale = residuals
+    y, gradient = (x.astype(jnp.float32) - mean) * inverse, gradient.astype(jnp.float32)
+    leading = tuple(range(x.ndim - 1))
+    by_y = gradient * scale
+    by_x = by_y - by_y.mean(-1, keepdims=True) - y * (by_y * y).mean(-1, keepdims=True)
+    return (by_x * inverse).astype(x.dtype), (gradient * y).sum(leading), gradient.sum(leading)
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def _statistics(x: jax.Array, axes: int | tuple[int, ...], epsilon: float) -> tuple[jax.Array, jax.Array]:
+    """Mean and one over the deviation, float32."""
     y = x.astype(jnp.float32)
     mean = y.mean(axes, keepdims=True)
     if x.dtype == jnp.float32:
-        y -= mean
-        return y * jax.lax.rsqrt(jnp.square(y).mean(axes, keepdims=True) + epsilon)
-    # One look at numbers of 8 bits gives both sums, with digits to spare.
-    variance = jnp.maximum(jnp.square(y).mean(axes, keepdims=True) - jnp.square(mean), 0)
-    return (y - mean) * jax.lax.rsqrt(variance + epsilon)
+        variance = jnp.square(y - mean).mean(axes, keepdims=True)
+    else:  # One look at numbers of 8 bits gives both sums, with digits to spare.
+        variance = jnp.maximum(jnp.square(y).mean(axes, keepdims=True) - jnp.square(mean), 0)
+    return mean, jax.lax.rsqrt(variance + epsilon)
 
 
 class GroupNorm(nn.Module):
@@ -180,7 +202,9 @@ class GroupNorm(nn.Module):
         batch, pixels, channels = x.shape
         scale = self.param("scale", ones, (channels,))
         bias = self.param("bias", zeros, (channels,))
-        y = _normalised(x.reshape(batch, pixels, self.groups, -1), (1, 3), self.epsilon)
+        y = x.reshape(batch, pixels, self.groups, -1)
+        mean, inverse = _statistics(y, (1, 3), self.epsilon)
+        y = (y.astype(jnp.float32) - mean) * inverse
         return (y.reshape(x.shape) * scale + bias).astype(x.dtype)
 
 
