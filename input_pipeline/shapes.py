@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from input_pipeline import shapes_describe, shapes_grammar
+from input_pipeline import shapes_counterfactual, shapes_describe, shapes_grammar
 from input_pipeline.records import Blobs, DataError, Records, RleMasks, source
 from input_pipeline.shapes_describe import FLAVOURS, MIXED, NO_TARGET, SEVERAL_TARGETS, TYPES, Describer
 from input_pipeline.shapes_render import encode_png, render
@@ -31,6 +31,7 @@ VERSION = 1  # of the generator; raise it with any change of what it makes: cach
 SCENES = {"train": 10000, "val": 500, "testA": 500, "testB": 500, "rare": 500}
 MIN_VISIBLE = 0.6
 vocabulary = shapes_grammar.vocabulary
+_CANDIDATES = 4
 _SCENES_PER_WORKER = 500  # fewer are made faster than a process starts
 
 
@@ -39,7 +40,8 @@ class Options:
     """What the scenes and sentences are like.
 
     `types` limits the expression types; `expressions` is the number per object; `generalised` adds to every
-    scene one expression without and, where possible, one with several referents.
+    scene one expression without and, where possible, one with several referents; `counterfactual` makes pairs of
+    expressions, one after the other, that differ in one word and mean different objects.
     """
 
     image_size: int = 96
@@ -49,6 +51,7 @@ class Options:
     types: tuple[str, ...] = TYPES
     expressions: int = 2
     generalised: bool = False
+    counterfactual: bool = False
 
     def __post_init__(self):
         if self.flavour not in (*FLAVOURS, MIXED):
@@ -70,8 +73,15 @@ class Options:
             raise DataError(
                 f"shapes: image_size {self.image_size} is too small to recognise shapes, take 32 or more"
             )
+        if self.generalised and self.counterfactual:
+            raise DataError("shapes: generalised and counterfactual exclude each other, set one of them")
         if self.expressions < 1:
             raise DataError(f"shapes: expressions {self.expressions} must be at least 1")
+
+    @property
+    def per_object(self) -> int:
+        """Expressions to find for an object; many of those to be made pairs of have no counterpart."""
+        return _CANDIDATES * self.expressions if self.counterfactual else self.expressions
 
     def profile(self, split: str) -> Profile:
         if split == "testA":
@@ -103,8 +113,10 @@ def make_example(seed: int, split: str, index: int, options: Options) -> Example
             continue
         targets = [i for i, t in enumerate(scene.things) if not profile.rare or is_rare(*t.combination)]
         found = shapes_describe.describe_scene(
-            scene, targets, options.flavour, options.types, options.expressions, speech
+            scene, targets, options.flavour, options.types, options.per_object, speech
         )
+        if options.counterfactual:
+            found = shapes_counterfactual.pairs(scene, found, extra)
         if found:
             break
     expressions = [((target,), kind, expression.text()) for target, kind, expression in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -105,7 +106,10 @@ def measure(
     compiled = lowered.compile()
     compile_seconds = time.perf_counter() - traced
     jax.monitoring.unregister_event_listener(listen)
-    state = program.init()
+    state = jax.block_until_ready(program.init())
+    del lowered
+    jax.clear_caches()  # With them what it took to make the program and the state.
+    gc.collect()
 
     def run():
         nonlocal state
