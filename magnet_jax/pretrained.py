@@ -9,7 +9,6 @@ names, `config.json`, the kind and the fields of the network, and the vocabulary
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import sys
@@ -25,6 +24,7 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
+from magnet_jax.experiment import load_experiment
 from magnet_jax.model_sizes import infer_sizes
 from magnet_jax.network import build_model
 from magnet_jax.weight_files import read_weights
@@ -160,16 +160,6 @@ def _with_experiment(fields: dict, kind: str, config: ConfigDict) -> dict:
     return chosen | {name: fields[name] for name in ("language_fusion",) if name in fields}
 
 
-def load_experiment(path: str) -> ConfigDict:
-    """The configuration of a file like those of `configs/`; raises UserError where it has none."""
-    spec = importlib.util.spec_from_file_location("experiment", path)
-    if spec is None or not Path(path).is_file():
-        raise UserError(f"--config is '{path}'; expected a Python file like configs/common.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; 1 and one error on stderr where it cannot."""
     parser = argparse.ArgumentParser(
@@ -185,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        config = None if arguments.config is None else load_experiment(arguments.config)
+        config = None if arguments.config is None else load_experiment(arguments.config).get_config()
         imported = import_weights(arguments.kind, arguments.source, arguments.out, config)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

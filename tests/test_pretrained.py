@@ -156,7 +156,7 @@ def get_config():
 def test_an_experiment_says_what_no_shape_tells(tmp_path):
     source, experiment = published("magnet", tmp_path / "x.safetensors"), tmp_path / "experiment.py"
     experiment.write_text(EXPERIMENT)
-    config = pretrained.load_experiment(str(experiment))
+    config = pretrained.load_experiment(str(experiment)).get_config()
     fields = import_weights("magnet", source, tmp_path / "out", config).fields
     assert fields["pixel_decoder"]["heads"] == 4
     assert fields["bert"]["heads"] == 2

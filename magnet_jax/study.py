@@ -1,0 +1,306 @@
+"""A grid of trainings, variants x data x seeds, and the report on it.
+
+python -m magnet_jax.study --study=ablation --seeds=0,1,2,3,4 --out=DIR            run what is missing, then report
+python -m magnet_jax.study --out=DIR --report                                      report on what is there
+
+Every run is a process of its own and leaves `DIR/results/NAME.json`; stopped or killed, the same command goes on. The order
+of examples follows from the seed alone, so variants of one seed see the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from magnet_jax.errors import UserError
+from magnet_jax.experiment import load_experiment
+from magnet_jax.log import duration
+from magnet_jax.workdir import write_json
+
+RIGHT = 0.5  # IoU from which an expression counts as understood.
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training of a study."""
+
+    experiment: str  # Path of the configuration's file.
+    flavour: str
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.flavour.replace('/', '-')}.{self.variant}.{self.seed}"
+
+    def config(self) -> ConfigDict:
+        """Raises UserError for a flavour that the experiment does not have."""
+        module = load_study(self.experiment)
+        flavours = module.FLAVOURS
+        if self.flavour not in flavours:
+            raise UserError(
+                f"--flavours has '{self.flavour}'; {self.experiment} has {', '.join(map(repr, flavours))}"
+            )
+        config = module.get_config(self.variant)
+        config.update_from_flattened_dict(flavours[self.flavour])
+        config.seed = self.seed
+        return config
+
+
+def load_study(path: str) -> ModuleType:
+    """The module of an experiment with variants, like configs/ablation_shapes.py; raises UserError for another."""
+    module = load_experiment(path)
+    missing = [name for name in ("FLAVOURS", "STUDIES", "VARIANTS") if not hasattr(module, name)]
+    if missing:
+        raise UserError(
+            f"--config is '{path}', which has no {', '.join(missing)}; see configs/ablation_shapes.py"
+        )
+    return module
+
+
+def config_hash(config: ConfigDict) -> str:
+    """Of everything but the seed: runs of one variant are repeats of each other where it is the same."""
+    fields = {name: value for name, value in config.to_dict().items() if name != "seed"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def result_file(out: Path, run: Run) -> Path:
+    """Where the figures of a run are, once it has ended."""
+    return out / "results" / f"{run.name}.json"
+
+
+def is_done(out: Path, run: Run) -> bool:
+    """Whether a run has its result; raises UserError where that is of another configuration than the run has now."""
+    file = result_file(out, run)
+    if not file.exists():
+        return False
+    there, here = json.loads(file.read_text())["config_hash"], config_hash(run.config())
+    if there != here:
+        raise UserError(
+            f"'{file}' is of another configuration (hash {there} there, {here} here); delete it, or give another --out"
+        )
+    return True
+
+
+def execute(run: Run, out: Path) -> None:
+    """Trains and evaluates one run and writes its result."""
+    from magnet_jax.host_memory import compute_in_main_thread, keep_freed_memory
+
+    compute_in_main_thread()
+    keep_freed_memory()
+    import jax
+
+    from magnet_jax.programs import build_program, complete
+    from magnet_jax.sharding import make_mesh
+    from magnet_jax.train import train
+    from magnet_jax.workdir import History
+
+    config, workdir = run.config(), out / "runs" / run.name
+    variants = load_study(run.experiment).VARIANTS
+    variant = variants[run.variant]
+    results = train(config, workdir)
+    if not results:  # Asked to stop; the same command goes on.
+        sys.exit(1)
+    history = History(workdir).read()
+    rates = sorted(row["train/steps_per_second"] for row in history if "train/steps_per_second" in row)
+    program = build_program(complete(config)[0], make_mesh(config.mesh), "train")
+    write_json(
+        result_file(out, run),
+        dataclasses.asdict(run)
+        | {
+            "label": variant.label,
+            "reference": variant.reference,
+            "place": list(variants).index(run.variant),
+            "config_hash": config_hash(config),
+            "jax": jax.__version__,
+            "steps": history[-1]["step"],
+            "batch_size": config.data.batch_size,
+            "parameters": program.parameters,
+            "flops_per_step": program.flops(),
+            "steps_per_second": rates[len(rates) // 2],
+            "splits": results,
+            "counterfactual": counterfactual(config, workdir),
+            "history": [
+                {k: v for k, v in row.items() if k == "step" or k.startswith("train/loss")} for row in history
+            ],
+        },
+    )
+
+
+def counterfactual(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Of pairs of sentences that differ in one word, the share of which both are understood: by split.
+
+    Only the built-in data know such pairs; of others the result is empty.
+    """
+    if config.data.source != "shapes":
+        return {}
+    import input_pipeline
+    from magnet_jax.evaluate import Evaluator
+    from magnet_jax.parallelism import jit_eval_step
+    from magnet_jax.trained import load_trained
+
+    trained = load_trained(workdir)
+    config = trained.config.copy_and_resolve_references()
+    config.data.options.counterfactual = True
+    config.eval.protocols, config.eval.shuffled_text = ("squash",), False
+    evaluator = Evaluator(
+        jit_eval_step(trained.network, trained.shardings, trained.mesh),
+        trained.tokenizer,
+        config,
+        trained.mesh,
+    )
+    found = {}
+    for split in config.data.eval_splits:
+        file = workdir / "counterfactual" / f"{split}.csv"
+        evaluator(trained.variables, split, csv_file=file)
+        with file.open() as lines:
+            right = [float(line["squash IoU"]) >= RIGHT for line in csv.DictReader(lines)]
+        words = input_pipeline.load_split(config.data, split).types
+        found[split] = pair_figures(right, words)
+    return found
+
+
+def pair_figures(right: Sequence[bool], words: Sequence[str]) -> dict[str, Any]:
+    """Percentages of pairs, which follow one another, of which both, or one, are understood; also by the word exchanged."""
+    pairs = list(zip(right[::2], right[1::2], strict=True))
+
+    def figures(pairs):
+        return {
+            "both": 100 * sum(a and b for a, b in pairs) / len(pairs),
+            "one": 100 * sum(a != b for a, b in pairs) / len(pairs),
+            "count": len(pairs),
+        }
+
+    return figures(pairs) | {
+        "words": {
+            word: figures([pair for pair, other in zip(pairs, words[::2], strict=True) if other == word])
+            for word in sorted(set(words))
+        }
+    }
+
+
+def execute_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
+    """Runs what is not done, `jobs` at a time, each on cores of its own; raises UserError where one fails."""
+    waiting = [run for run in runs if not is_done(out, run)]
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done", flush=True)
+    total, start = len(waiting), time.monotonic()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    shares = [cores[slot::jobs] for slot in range(jobs)]
+    running: dict[int, tuple[Run, subprocess.Popen]] = {}
+    try:
+        while waiting or running:
+            for slot in range(jobs):
+                if slot not in running and waiting:
+                    run = waiting.pop(0)
+                    running[slot] = run, _start(run, out, shares[slot])
+            time.sleep(0.2)
+            for slot, (run, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[slot]
+                if process.returncode:
+                    raise UserError(
+                        f"run {run.name} ended with exit code {process.returncode}; see '{_log_file(out, run)}', then "
+                        "give the same command again"
+                    )
+                ended = total - len(waiting) - len(running)
+                passed = time.monotonic() - start
+                left = passed / ended * (total - ended)
+                print(f"{run.name} done; {ended}/{total}, about {duration(left)} left", flush=True)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+
+
+def _log_file(out: Path, run: Run) -> Path:
+    return out / "runs" / f"{run.name}.log"
+
+
+def _start(run: Run, out: Path, cores: Sequence[int]) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "magnet_jax.study",
+        f"--out={out}",
+        f"--run={json.dumps(dataclasses.asdict(run))}",
+    ]
+    file = _log_file(out, run)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as log:
+        return subprocess.Popen(
+            [*command, f"--cores={','.join(map(str, cores))}"], stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; 1 and one line on stderr where it cannot."""
+    parser = argparse.ArgumentParser(prog="python -m magnet_jax.study", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, type=Path, help="folder of runs, results and report")
+    parser.add_argument("--study", default="ablation", help="which of the variants")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="separated by commas")
+    parser.add_argument(
+        "--config", default="configs/ablation_shapes.py", help="file with get_config(variant)"
+    )
+    parser.add_argument(
+        "--flavours", default="", help="of the data, separated by commas; the first that the file has"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at the same time, each on its share of the cores"
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing, report on what is there")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # One run, in a process of its own.
+    parser.add_argument("--cores", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.run:
+            if arguments.cores:
+                os.sched_setaffinity(0, {int(core) for core in arguments.cores.split(",")})
+            execute(Run(**json.loads(arguments.run)), arguments.out)
+            return 0
+        if not arguments.report:
+            execute_all(_runs(arguments), arguments.out, max(arguments.jobs, 1))
+        from magnet_jax.study_report import write_report
+
+        print(f"report in '{write_report(arguments.out)}'")
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _runs(arguments: argparse.Namespace) -> list[Run]:
+    """Of one seed all variants before the next seed: what is there can be compared at any time."""
+    module = load_study(arguments.config)
+    if arguments.study not in module.STUDIES:
+        raise UserError(f"--study is '{arguments.study}'; {arguments.config} has {', '.join(module.STUDIES)}")
+    flavours = arguments.flavours.split(",") if arguments.flavours else [next(iter(module.FLAVOURS))]
+    try:
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    except ValueError as error:
+        raise UserError(f"--seeds is '{arguments.seeds}'; expected numbers like 0,1,2") from error
+    return [
+        Run(arguments.config, flavour, variant, seed)
+        for flavour in flavours
+        for seed in seeds
+        for variant in module.STUDIES[arguments.study]
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""The study: its variants, one run, the grid that survives being stopped, and the report's statistics."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import ablation_refcoco, ablation_shapes
+from configs.ablation import STUDIES, VARIANTS
+from magnet_jax import study, study_report
+from magnet_jax.errors import UserError
+from magnet_jax.network import build_network
+from magnet_jax.programs import complete
+from magnet_jax.study import Run, config_hash, execute, execute_all, is_done, pair_figures, result_file
+from magnet_jax.trained import batch_shapes
+from tests.tiny import tiny_network
+
+TINY = """
+from configs import debug
+from configs.ablation import STUDIES, VARIANTS, Variant
+
+FLAVOURS = {"mixed": {}, "short": {"data.options.flavour": "refcoco"}}
+VARIANTS = {"baseline": Variant("baseline", {}, ""), "slow": Variant("slow", {}, "baseline")}
+STUDIES = {"ablation": ("baseline", "slow")}
+
+
+def get_config(variant):
+    c = debug.get_config()
+    c.data.options.flavour = "mixed"
+    c.loss.grounding = c.loss.alignment = 0.0
+    c.train.steps = 4
+    c.eval.protocols = ("squash",)
+    if variant == "slow":
+        c.optimizer.learning_rate = 1e-5
+    return c
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    file = tmp_path / "tiny.py"
+    file.write_text(TINY)
+    return str(file)
+
+
+def test_variants_are_what_they_say():
+    def uses(name, module):
+        c = module.get_config(name)
+        return c.model.name, c.model.get("alignment"), c.loss.grounding > 0, c.loss.alignment > 0
+
+    for module in (ablation_shapes, ablation_refcoco):
+        parts = {name: uses(name, module) for name in VARIANTS}
+        assert parts["baseline"] == ("magnet", False, False, False)
+        assert parts["mg"] == ("magnet", False, True, False)
+        assert parts["cam"] == ("magnet", True, False, False)
+        assert parts["cal"] == ("magnet", False, False, True)
+        assert parts["all"] == ("magnet", True, True, True)
+        assert parts["lavt"] == ("lavt", None, False, False)
+        assert parts["lavt_mg"] == ("lavt", None, True, False)
+        hashes = {name: config_hash(module.get_config(name)) for name in VARIANTS}
+        assert len(set(hashes.values())) == len(VARIANTS)  # None is another under a second name.
+        # Steps, data and optimizer are those of the baseline in every variant.
+        same = ("data", "optimizer", "train", "eval", "seed")
+        baseline = module.get_config("baseline").to_dict()
+        for name in VARIANTS:
+            config = module.get_config(name).to_dict()
+            assert {key: config[key] for key in same} == {key: baseline[key] for key in same}, name
+    for names in STUDIES.values():
+        assert set(names) <= set(VARIANTS)
+    assert all(variant.reference in ("", *VARIANTS) for variant in VARIANTS.values())
+    with pytest.raises(ValueError, match="unknown variant 'magic'"):
+        ablation_shapes.get_config("magic")
+
+
+@pytest.mark.parametrize("module", [ablation_shapes, ablation_refcoco])
+def test_networks_can_be_built(module):
+    for name in ("baseline", "all", "lavt_mg"):
+        config = complete(module.get_config(name))[0]
+        network = build_network(config)
+        shapes = jax.eval_shape(
+            lambda network=network, config=config: network.init(jax.random.key(0), batch_shapes(config))
+        )
+        assert ("grounding" in shapes["params"]) == (config.loss.grounding > 0)
+
+
+def test_one_run(tiny, tmp_path):
+    run = Run(tiny, "short", "slow", 3)
+    with tiny_network():
+        execute(run, tmp_path)
+    result = json.loads(result_file(tmp_path, run).read_text())
+    assert (result["variant"], result["seed"], result["steps"], result["reference"]) == (
+        "slow",
+        3,
+        4,
+        "baseline",
+    )
+    assert (
+        result["config_hash"]
+        == config_hash(run.config())
+        == config_hash(Run(tiny, "short", "slow", 0).config())
+    )
+    assert result["flops_per_step"] > 0
+    assert set(result["splits"]["val"]) >= {"squash", "shuffled_text"}
+    pairs = result["counterfactual"]["val"]
+    assert pairs["count"] == sum(word["count"] for word in pairs["words"].values()) > 0
+    assert {row["step"] for row in result["history"]} >= {4}
+    assert is_done(tmp_path, run)
+    assert not is_done(tmp_path, Run(tiny, "short", "slow", 4))
+    Path(tiny).write_text(TINY.replace("1e-5", "1e-4"))
+    with pytest.raises(UserError, match="of another configuration .* delete it"):
+        is_done(tmp_path, run)
+    with pytest.raises(UserError, match="--flavours has 'long'.* 'mixed', 'short'"):
+        Run(tiny, "long", "slow", 3).config()
+
+
+def test_pairs_count_where_both_are_right():
+    found = pair_figures(
+        [True, True, True, False, False, False, True, True], ["a", "a", "b", "b", "a", "a", "b", "b"]
+    )
+    assert found["both"] == 50
+    assert found["one"] == 25
+    assert found["words"]["a"] == {"both": 50, "one": 0, "count": 2}
+    assert found["words"]["b"] == {"both": 50, "one": 50, "count": 2}
+
+
+def stand_in(out, fails=()):
+    """Instead of a training, a process that writes the result's hash, or ends with an error."""
+
+    def start(run, folder, cores):
+        program = "import sys; sys.exit(3)"
+        if run.name not in fails:
+            file = result_file(folder, run)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            content = json.dumps({"config_hash": config_hash(run.config())})
+            program = f"open({str(file)!r}, 'w').write({content!r})"
+        started.append((run.name, tuple(cores)))
+        return subprocess.Popen([sys.executable, "-c", program])
+
+    started = []
+    return start, started
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_grid_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch, jobs):
+    runs = [Run(tiny, "mixed", variant, seed) for seed in (0, 1) for variant in ("baseline", "slow")]
+    start, started = stand_in(tmp_path, fails=(runs[2].name,))
+    monkeypatch.setattr(study, "_start", start)
+    with pytest.raises(
+        UserError, match=r"run mixed.baseline.1 ended with exit code 3; see .*mixed.baseline.1.log"
+    ):
+        execute_all(runs, tmp_path, jobs)
+    assert is_done(tmp_path, runs[0])
+    assert is_done(tmp_path, runs[1])
+    done = [run.name for run in runs if is_done(tmp_path, run)]
+    start, started = stand_in(tmp_path)
+    monkeypatch.setattr(study, "_start", start)
+    execute_all(runs, tmp_path, jobs)
+    assert {name for name, _ in started} == {run.name for run in runs} - set(done)
+    assert all(is_done(tmp_path, run) for run in runs)
+    if jobs == 2 and len(started) == 2:
+        assert not set(started[0][1]) & set(started[1][1])  # Each has cores of its own.
+
+
+def result(variant, seed, oiou, **more):
+    figures = {"oIoU": oiou, "mIoU": oiou, "Pr@0.5": oiou, "count": 9}
+    split = {
+        "squash": figures | {"types": {"place": dict(figures, oIoU=oiou + 1)}},
+        "shuffled_text": {"squash": {"oIoU": 5.0}},
+    }
+    pairs = {"both": 40.0, "one": 30.0, "count": 10}
+    return {
+        "experiment": "x.py",
+        "flavour": "mixed",
+        "variant": variant,
+        "seed": seed,
+        "label": VARIANTS[variant].label,
+        "reference": VARIANTS[variant].reference,
+        "place": list(VARIANTS).index(variant),
+        "config_hash": variant,
+        "jax": "0",
+        "steps": 100,
+        "batch_size": 4,
+        "parameters": 10,
+        "flops_per_step": 2e9,
+        "steps_per_second": 2.0,
+        "splits": {"val": split, "rare": split},
+        "counterfactual": {"val": pairs | {"words": {"color": pairs}}, "rare": pairs | {"words": {}}},
+        "history": [{"step": 50, "train/loss/bce": 1.0}, {"step": 100, "train/loss/bce": 0.5}],
+    } | more
+
+
+def write(out, results):
+    for one in results:
+        file = result_file(out, Run("x.py", one["flavour"], one["variant"], one["seed"]))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(one))
+
+
+def test_statistics():
+    # Student's quantiles for 1 and 2 degrees of freedom from a printed table.
+    assert study_report.interval([1.0, 3.0]).half == pytest.approx(12.706 * np.sqrt(2) / np.sqrt(2), rel=1e-4)
+    assert study_report.interval([1.0, 2.0, 3.0]).half == pytest.approx(4.3027 / np.sqrt(3), rel=1e-4)
+    assert study_report.interval([7.0]) == (7.0, None)
+    # Seeds that only one side has do not count.
+    assert study_report.paired({0: 3.0, 1: 5.0, 7: 99.0}, {0: 1.0, 1: 3.0, 8: -99.0}) == (2.0, 0.0)
+    with pytest.raises(ValueError, match="no seed in common"):
+        study_report.paired({0: 1.0}, {1: 1.0})
+
+
+def test_report_says_what_helped_and_what_did_not(tmp_path):
+    scores = {
+        "baseline": (30, 32, 34),
+        "mg": (35, 37.5, 39),
+        "cam": (30, 33, 33),
+        "cal": (20, 21, 25),
+        "lavt": (25, 26, 27),
+    }
+    write(
+        tmp_path, [result(name, seed, float(v)) for name, row in scores.items() for seed, v in enumerate(row)]
+    )
+    text = study_report.write_report(tmp_path).read_text()
+    assert "**+ Mask Grounding** against baseline, val oIoU: helped: +5.2 ± 0.7." in text
+    assert "**+ CAM** against baseline, val oIoU: no effect shown: +0.0 ± 2.5 includes zero." in text
+    assert "**+ alignment loss** against baseline, val oIoU: did harm: -10.0 ± 2.5." in text
+    assert "**LAVT**" not in text  # It is compared with nothing that is here.
+    assert "| baseline | 3 | 32.0 ± 5.0 | 32.0 ± 5.0 |" in text
+    assert "| + Mask Grounding − baseline | +5.2 ± 0.7 |" in text
+    assert text.index("| baseline |") < text.index("| + CAM |") < text.index("| LAVT |")
+    for name in ("effects.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert f"({name})" in text
+    first = text
+    assert study_report.write_report(tmp_path).read_text() == first
+
+
+def test_report_refuses_repeats_of_another_configuration(tmp_path):
+    with pytest.raises(UserError, match="no results in"):
+        study_report.write_report(tmp_path)
+    write(tmp_path, [result("mg", 0, 1.0), result("mg", 1, 1.0, config_hash="other")])
+    with pytest.raises(UserError, match=r"mg.1.json' has configuration other, another seed of 'mg' has mg"):
+        study_report.write_report(tmp_path)
+
+
+def test_wrong_words_end_with_a_line(tmp_path, tiny, capsys):
+    out = f"--out={tmp_path / 'out'}"
+    for arguments, message in (
+        (["--study=magic"], "--study is 'magic'; configs/ablation_shapes.py has ablation"),
+        (["--seeds=a"], "--seeds is 'a'; expected numbers"),
+        (["--config=nothing.py"], "--config is 'nothing.py'; expected a Python file"),
+        (["--config=configs/shapes.py"], "has no FLAVOURS, STUDIES, VARIANTS"),
+        (["--report"], "no results in"),
+    ):
+        assert study.main([out, *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
