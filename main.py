@@ -3,6 +3,7 @@
 python main.py --config=configs/shapes.py --workdir=DIR [--config.a.b=value ...]
 python main.py --mode=eval --workdir=DIR
 python main.py --mode=predict --workdir=DIR --image=FILE --text="the red ring" --output=out.png
+python main.py --mode=explain --workdir=DIR --image=FILE --text="the red ring" --output=words.png
 python main.py --mode=export --workdir=DIR --format=released --output=out.safetensors
 python main.py --mode=compile --config=configs/refcoco.py --topology=v5e:4x4,h100:8 [--output=report.json]
 python main.py --mode=benchmark --config=configs/refcoco.py --workdir=DIR [--step=train]
@@ -22,20 +23,20 @@ from ml_collections import config_flags
 
 from magnet_jax.errors import config_error
 
-MODES = ("train", "eval", "predict", "export", "compile", "benchmark")
+MODES = ("train", "eval", "predict", "explain", "export", "compile", "benchmark")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, e.g. configs/shapes.py; needed to train."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, figures, pictures.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
-_IMAGE = flags.DEFINE_string("image", None, "Picture to predict on.")
+_IMAGE = flags.DEFINE_string("image", None, "Picture to look at.")
 _TEXT = flags.DEFINE_multi_string(
     "text", [], "Sentence; repeat the flag or separate by new lines for several."
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "What predict writes (out.png; the mask goes beside it), export (.safetensors or .pth) and compile (.json).",
+    "What predict writes (out.png, the mask beside it), explain (.png), export (.safetensors, .pth) and compile (.json).",
 )
 _FORMAT = flags.DEFINE_string("format", "released", "Layout that export writes.")
 _TOPOLOGY = flags.DEFINE_list(
@@ -102,6 +103,7 @@ def run(config) -> None:
     needed |= {
         "train": {"config": config},
         "predict": {"image": _IMAGE.value},
+        "explain": {"image": _IMAGE.value},
         "export": {"output": _OUTPUT.value},
         "compile": {"config": config, "topology": _TOPOLOGY.value},
         "benchmark": {"config": config},
@@ -165,10 +167,12 @@ def run_mode(config) -> None:
 
         benchmark(config, _WORKDIR.value, (_STEP.value,) if _STEP.value else STEPS, _REPETITIONS.value)
     else:
+        from magnet_jax.explain import explain
         from magnet_jax.predict import predict
 
         texts = [line for text in _TEXT.value for line in text.splitlines() or [""]]
-        predict(_WORKDIR.value, _IMAGE.value, texts, _OUTPUT.value or "out.png", config)
+        ask = explain if _MODE.value == "explain" else predict
+        ask(_WORKDIR.value, _IMAGE.value, texts, _OUTPUT.value or "out.png", config)
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -107,13 +107,8 @@ def predict(
     workdir: str, image: str, texts: Sequence[str], output: str, config: ConfigDict | None = None
 ) -> None:
     """Writes the overlay to `output` and the mask (0/255, the image's size) to `*.mask.png`; numbered for several texts."""
-    if not texts:
-        raise UserError("--text is missing; give --text='the red circle on the left', repeatable")
-    if not all(text.strip() for text in texts):
-        raise UserError("--text is empty; write what to look for, as in --text='the red circle on the left'")
-    output = Path(output)
-    if output.suffix.lower() != ".png":
-        raise UserError(f"--output is '{output}'; expected a name that ends in .png")
+    check_texts(texts)
+    output = png_output(output)
     picture = np.asarray(ops.open_image(image))  # Before the network is loaded: a wrong name shows at once.
     predictions = Predictor.from_workdir(workdir, config).predict(image, texts)
     for number, prediction in enumerate(predictions):
@@ -128,6 +123,22 @@ def predict(
         print(
             f"'{prediction.text}': {share:.1f} % of the image, score {prediction.score:.2f}, {name} and {mask_name}"
         )
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises UserError where there is no sentence, or an empty one."""
+    if not texts:
+        raise UserError("--text is missing; give --text='the red circle on the left', repeatable")
+    if not all(text.strip() for text in texts):
+        raise UserError("--text is empty; write what to look for, as in --text='the red circle on the left'")
+
+
+def png_output(output: str) -> Path:
+    """The path to write to; raises UserError where it is not a PNG's."""
+    path = Path(output)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--output is '{output}'; expected a name that ends in .png")
+    return path
 
 
 def _prediction(text: str, logits: np.ndarray) -> Prediction:

@@ -183,18 +183,22 @@ class LanguageAlignment(nn.Module):
         query = query * mask[..., None]
         folded = self.mode == "masked" and x.shape[1] >= 2 * channels
         attend_to_pixels = _attend_to_pixels_folded if folded else _attend_to_pixels
-        language = attend_to_pixels(query, x.astype(dtype), key, value, row_bias)
+        language, weights = attend_to_pixels(query, x.astype(dtype), key, value, row_bias)
+        self.sow("intermediates", "pixels", weights)  # For those who ask to see it: where each word looks.
         language = instance_norm(dense(hidden, "output")(language), statistics)
         visual = gelu(dense(hidden, "visual")(words))
         return gelu(dense(hidden, "mixed")(visual * language)).astype(self.dtype)
 
 
 def _attend_to_pixels(query, x, key, value, row_bias):
-    """Attention of words `[B, L, T]` to pixels `[B, N, C]` by instance-normalised keys and values -> `[B, L, T]`."""
+    """Attention of words `[B, L, T]` to pixels `[B, N, C]` by instance-normalised keys and values.
+
+    Returns what is found `[B, L, T]` and the weights `[B, L, N]`.
+    """
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("blt,bnt->bln", query, instance_norm(key(x)), preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits * scale + row_bias, axis=-1).astype(x.dtype)
-    return jnp.einsum("bln,bnt->blt", weights, instance_norm(value(x)))
+    return jnp.einsum("bln,bnt->blt", weights, instance_norm(value(x))), weights
 
 
 def _attend_to_pixels_folded(query, x, key, value, row_bias, epsilon: float = 1e-5):
@@ -218,7 +222,7 @@ def _attend_to_pixels_folded(query, x, key, value, row_bias, epsilon: float = 1e
     weights = jax.nn.softmax(logits + row_bias, axis=-1).astype(x.dtype)
     kernel, scale = kernel_and_scale(value)
     found = jnp.einsum("bln,bnc->blc", weights, centred, preferred_element_type=jnp.float32)
-    return ((found @ kernel) * scale).astype(x.dtype)
+    return ((found @ kernel) * scale).astype(x.dtype), weights
 
 
 def mean_of_words(words: jax.Array, word_mask: jax.Array) -> jax.Array:
