@@ -27,7 +27,6 @@ from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
 from magnet_jax.experiment import load_experiment
-from magnet_jax.log import duration
 from magnet_jax.workdir import write_json
 
 RIGHT = 0.5  # IoU from which an expression counts as understood.
@@ -195,6 +194,8 @@ def pair_figures(right: Sequence[bool], words: Sequence[str]) -> dict[str, Any]:
 
 def execute_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
     """Runs what is not done, `jobs` at a time, each on cores of its own; raises UserError where one fails."""
+    from magnet_jax.log import duration
+
     waiting = [run for run in runs if not is_done(out, run)]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them done", flush=True)
     total, start = len(waiting), time.monotonic()
@@ -250,6 +251,9 @@ def _start(run: Run, out: Path, cores: Sequence[int]) -> subprocess.Popen:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; 1 and one line on stderr where it cannot."""
+    # TensorFlow only reads data here; its start-up notes say nothing.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     parser = argparse.ArgumentParser(prog="python -m magnet_jax.study", description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, type=Path, help="folder of runs, results and report")
     parser.add_argument("--study", default="ablation", help="which of the variants")
