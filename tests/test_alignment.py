@@ -8,7 +8,8 @@ import pytest
 from configs import debug
 from magnet_jax.models import alignment
 from magnet_jax.models.alignment import Gate, ImageAlignment, LanguageAlignment, PixelWordAttention
-from magnet_jax.models.layers import Dense, gelu, instance_norm
+from magnet_jax.models.layers import Dense, gelu
+from magnet_jax.models.norms import instance_norm
 from magnet_jax.network import build_model
 
 

@@ -8,13 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from magnet_jax.hlo_text import COLLECTIVES, cost
-from magnet_jax.models.layers import (
-    Dense,
-    adaptive_average_pool,
-    batch_split_by,
-    instance_norm,
-    resize_align_corners,
-)
+from magnet_jax.models.layers import Dense, adaptive_average_pool, batch_split_by, resize_align_corners
+from magnet_jax.models.norms import instance_norm
 from magnet_jax.sharding import batch_sharding, make_mesh
 
 

@@ -13,17 +13,16 @@ from magnet_jax.models.attention import attend
 from magnet_jax.models.layers import (
     Dense,
     Dropout,
-    LayerNorm,
     adaptive_average_pool,
     fan_in_dense,
     fan_in_uniform,
     gelu,
-    instance_norm,
     normal,
     resize_align_corners,
     truncated_normal,
     zeros,
 )
+from magnet_jax.models.norms import LayerNorm, instance_norm
 
 
 class PixelWordAttention(nn.Module):

@@ -9,14 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.models.attention import attend
-from magnet_jax.models.layers import (
-    Dense,
-    Dropout,
-    LayerNorm,
-    Remat,
-    gelu,
-    normal,
-)
+from magnet_jax.models.layers import Dense, Dropout, Remat, gelu, normal
+from magnet_jax.models.norms import LayerNorm
 
 
 class BertEmbeddings(nn.Module):

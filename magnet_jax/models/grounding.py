@@ -12,15 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.models.bert import BertLayer, attention_bias
-from magnet_jax.models.layers import (
-    Dense,
-    LayerNorm,
-    example_keys,
-    gelu,
-    normal,
-    sine_position,
-    zeros,
-)
+from magnet_jax.models.layers import Dense, example_keys, gelu, normal, sine_position, zeros
+from magnet_jax.models.norms import LayerNorm
 
 
 def mask_words(

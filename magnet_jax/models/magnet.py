@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from magnet_jax.models.alignment import Gate, ImageAlignment, LanguageAlignment, mean_of_words
 from magnet_jax.models.bert import Bert, attention_bias
-from magnet_jax.models.layers import LayerNorm, Remat, fan_in_dense, gelu
+from magnet_jax.models.layers import Remat, fan_in_dense, gelu
 from magnet_jax.models.mask_predictor import MaskPredictor
+from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.output import Output
 from magnet_jax.models.pixel_decoder import PixelDecoder
 from magnet_jax.models.swin import Swin

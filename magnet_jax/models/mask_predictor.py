@@ -10,14 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.models.attention import attend
-from magnet_jax.models.layers import (
-    Dense,
-    LayerNorm,
-    fan_in_dense,
-    resize_half_pixel,
-    sine_position,
-    xavier_uniform,
-)
+from magnet_jax.models.layers import Dense, fan_in_dense, resize_half_pixel, sine_position, xavier_uniform
+from magnet_jax.models.norms import LayerNorm
 
 
 class Attention(nn.Module):

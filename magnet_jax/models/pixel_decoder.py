@@ -10,15 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax.models.deformable import DeformableAttention
-from magnet_jax.models.layers import (
-    Dense,
-    GroupNorm,
-    LayerNorm,
-    Remat,
-    kaiming_uniform,
-    sine_position,
-    xavier_uniform,
-)
+from magnet_jax.models.layers import Dense, Remat, kaiming_uniform, sine_position, xavier_uniform
+from magnet_jax.models.norms import GroupNorm, LayerNorm
 from magnet_jax.models.order import arrange, restore
 from magnet_jax.models.sampling import automatic, cells_for
 from magnet_jax.models.windows import Cells, Levels

@@ -13,16 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax.models.attention import WindowMask, attend_by_head, attend_in_windows
-from magnet_jax.models.layers import (
-    Dense,
-    DropPath,
-    LayerNorm,
-    Remat,
-    gelu,
-    sine_position,
-    truncated_normal,
-    zeros,
-)
+from magnet_jax.models.layers import Dense, DropPath, Remat, gelu, sine_position, truncated_normal, zeros
+from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.order import TILE, Order, arrange, pad_rows, restore
 
 
