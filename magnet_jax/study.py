@@ -10,15 +10,18 @@ of examples follows from the seed alone, so variants of one seed see the same.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,8 +98,28 @@ def is_done(out: Path, run: Run) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def alone(out: Path, run: Run) -> Iterator[None]:
+    """While no other process works on a run, one that a killed study left behind for instance; else raises UserError."""
+    file = out / "runs" / f"{run.name}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Ends with the process, however that ends.
+        except OSError as error:
+            raise UserError(
+                f"another process works on run {run.name}; wait for it, or end it, and give the command again"
+            ) from error
+        yield
+
+
 def execute(run: Run, out: Path) -> None:
-    """Trains and evaluates one run and writes its result."""
+    """Trains and evaluates one run and writes its result; raises UserError where another process does so."""
+    with alone(out, run):
+        _execute(run, out)
+
+
+def _execute(run: Run, out: Path) -> None:
     from magnet_jax.host_memory import compute_in_main_thread, keep_freed_memory
 
     compute_in_main_thread()
@@ -214,9 +237,11 @@ def execute_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
                     continue
                 del running[slot]
                 if process.returncode:
+                    log = _log_file(out, run)
+                    last = (log.read_text().splitlines() or [""])[-1] if log.exists() else ""
                     raise UserError(
-                        f"run {run.name} ended with exit code {process.returncode}; see '{_log_file(out, run)}', then "
-                        "give the same command again"
+                        f"run {run.name} ended with exit code {process.returncode} ({last}); see '{log}', then give the "
+                        "same command again"
                     )
                 ended = total - len(waiting) - len(running)
                 passed = time.monotonic() - start
@@ -278,6 +303,8 @@ def main(argv: list[str] | None = None) -> int:
             execute(Run(**json.loads(arguments.run)), arguments.out)
             return 0
         if not arguments.report:
+            # As any other end: the processes of the runs end too, each with a checkpoint.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
             execute_all(_runs(arguments), arguments.out, max(arguments.jobs, 1))
         from magnet_jax.study_report import write_report
 
@@ -300,8 +327,8 @@ def _runs(arguments: argparse.Namespace) -> list[Run]:
         raise UserError(f"--seeds is '{arguments.seeds}'; expected numbers like 0,1,2") from error
     return [
         Run(arguments.config, flavour, variant, seed)
-        for flavour in flavours
-        for seed in seeds
+        for flavour in dict.fromkeys(flavours)
+        for seed in dict.fromkeys(seeds)
         for variant in module.STUDIES[arguments.study]
     ]
 

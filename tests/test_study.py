@@ -117,6 +117,28 @@ def test_one_run(tiny, tmp_path):
         Run(tiny, "long", "slow", 3).config()
 
 
+def test_a_run_is_worked_on_by_one_process(tiny, tmp_path):
+    run = Run(tiny, "short", "slow", 3)
+    with (
+        study.alone(tmp_path, run),
+        pytest.raises(UserError, match=r"another process works on run short\.slow\.3; wait for it"),
+    ):
+        execute(run, tmp_path)
+    with study.alone(tmp_path, run):  # Free again.
+        pass
+
+
+def test_seeds_said_twice_are_run_once(tiny, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(study, "execute_all", lambda runs, *_: asked.extend(runs))
+    assert (
+        study.main([f"--out={tmp_path}", f"--config={tiny}", "--seeds=1,0,1"]) == 1
+    )  # No results to report on.
+    assert [(run.seed, run.variant) for run in asked] == [
+        (seed, variant) for seed in (1, 0) for variant in ("baseline", "slow")
+    ]
+
+
 def test_pairs_count_where_both_are_right():
     found = pair_figures(
         [True, True, True, False, False, False, True, True], ["a", "a", "b", "b", "a", "a", "b", "b"]
@@ -150,7 +172,7 @@ def test_grid_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch, jobs):
     start, started = stand_in(tmp_path, fails=(runs[2].name,))
     monkeypatch.setattr(study, "_start", start)
     with pytest.raises(
-        UserError, match=r"run mixed.baseline.1 ended with exit code 3; see .*mixed.baseline.1.log"
+        UserError, match=r"run mixed.baseline.1 ended with exit code 3 \(\); see .*mixed.baseline.1.log"
     ):
         execute_all(runs, tmp_path, jobs)
     assert is_done(tmp_path, runs[0])
