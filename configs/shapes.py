@@ -1,6 +1,6 @@
 """The built-in data set on a CPU: learns in minutes to find what a sentence means.
 
-python main.py --config=configs/shapes.py --workdir=runs/shapes        2 CPU cores, 9 minutes, val oIoU 45
+python main.py --config=configs/shapes.py --workdir=runs/shapes        2 CPU cores, 5 to 9 minutes, val oIoU 46
 """
 
 from ml_collections import ConfigDict

@@ -11,6 +11,8 @@ def config_error(error: Exception) -> str:
         return f"--config: {str(error).strip().splitlines()[-1].strip()}"
     while error.args and isinstance(error.args[0], Exception):  # The libraries wrap one in another,
         error = error.args[0]
+    if "Traceback (most recent call last)" in str(error):  # Of a file that refuses what is asked of it.
+        return f"--config: {str(error).strip().splitlines()[-1].strip()}"
     # and a KeyError shows its message quoted, with the line breaks spelled out.
     line = " ".join(str(error.args[0] if error.args else error).split())
     if isinstance(error, KeyError) and " " not in line:

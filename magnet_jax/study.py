@@ -50,15 +50,10 @@ class Run:
         return f"{self.flavour.replace('/', '-')}.{self.variant}.{self.seed}"
 
     def config(self) -> ConfigDict:
-        """Raises UserError for a flavour that the experiment does not have."""
+        """The variant's, on this data, with this seed."""
         module = load_study(self.experiment)
-        flavours = module.FLAVOURS
-        if self.flavour not in flavours:
-            raise UserError(
-                f"--flavours has '{self.flavour}'; {self.experiment} has {', '.join(map(repr, flavours))}"
-            )
         config = module.get_config(self.variant)
-        config.update_from_flattened_dict(flavours[self.flavour])
+        config.update_from_flattened_dict(module.FLAVOURS[self.flavour])
         config.seed = self.seed
         return config
 
@@ -305,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments.report:
             # As any other end: the processes of the runs end too, each with a checkpoint.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-            execute_all(_runs(arguments), arguments.out, max(arguments.jobs, 1))
+            execute_all(_runs(arguments), arguments.out, arguments.jobs)
         from magnet_jax.study_report import write_report
 
         print(f"report in '{write_report(arguments.out)}'")
@@ -321,6 +316,13 @@ def _runs(arguments: argparse.Namespace) -> list[Run]:
     if arguments.study not in module.STUDIES:
         raise UserError(f"--study is '{arguments.study}'; {arguments.config} has {', '.join(module.STUDIES)}")
     flavours = arguments.flavours.split(",") if arguments.flavours else [next(iter(module.FLAVOURS))]
+    for flavour in flavours:
+        if flavour not in module.FLAVOURS:
+            raise UserError(
+                f"--flavours has '{flavour}'; {arguments.config} has {', '.join(map(repr, module.FLAVOURS))}"
+            )
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs is {arguments.jobs}; expected 1 or more")
     try:
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
     except ValueError as error:

@@ -1,5 +1,6 @@
 """What is shown of words: against the network itself, run the long way."""
 
+import functools
 import json
 
 import jax
@@ -10,15 +11,26 @@ from PIL import Image
 from magnet_jax import explain as module
 from magnet_jax.errors import UserError
 from magnet_jax.explain import Explainer, explain, figure
-from magnet_jax.network import normalise
 from tests.test_predict import pictures, trained
 
 TEXT = "the red ring on the left"
 
 
+@functools.cache
+def explainer():
+    """One for all tests, which compiles once."""
+    return Explainer(trained())
+
+
+@jax.jit
+def run_network(variables, batch):
+    """The network as it is, a row for each sentence."""
+    return trained().network.apply(variables, batch)
+
+
 @pytest.fixture(scope="module")
 def found():
-    return Explainer(trained()).explain(pictures(1)[0], TEXT)
+    return explainer().explain(pictures(1)[0], TEXT)
 
 
 def test_words_and_their_maps(found):
@@ -39,11 +51,10 @@ def test_guesses_are_those_of_the_head_with_one_word_hidden(found):
     side = t.config.data.image_size
     pixels = np.asarray(pictures(1)[0].resize((side, side), Image.Resampling.BILINEAR))[None]
     small = module.upsample(np.float32(found.mask), (side, side)) > 0.5
-    run = jax.jit(network.apply)
     for place, word in enumerate(found.words, 1):  # [CLS] comes first.
         hidden = ids.copy()
         hidden[0, place] = tokenizer.mask_id
-        output = run(variables, {"image": pixels, "text_ids": hidden, "text_mask": word_mask})
+        output = run_network(variables, {"image": pixels, "text_ids": hidden, "text_mask": word_mask})
         logits = network.grounding.apply(
             {"params": variables["params"]["grounding"]},
             *(output.word_features, word_mask, output.stage_features[network.grounding_stage - 1]),
@@ -62,15 +73,14 @@ def test_guesses_are_those_of_the_head_with_one_word_hidden(found):
 def test_attention_adds_up_to_one_and_similarity_is_the_sentence_s():
     """Pixels of a word share a weight of one; the mean word's similarity is that of the text embedding."""
     t = trained()
-    explainer = Explainer(t)
     ids, word_mask, _ = t.tokenizer.encode(["ring"])
     pixels = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3)).astype(np.uint8)
-    attention, similarity = explainer._look(t.variables, pixels, ids, word_mask)
+    attention, similarity = explainer()._look(t.variables, pixels, ids, word_mask)
     assert len(attention) == 4
     for stage in attention:
         np.testing.assert_allclose(np.asarray(stage).sum((2, 3)), 1, atol=1e-4)
     params = t.variables["params"]["model"]
-    output = t.network.model.apply({"params": params}, normalise(pixels), ids, word_mask)
+    output = run_network(t.variables, {"image": pixels, "text_ids": ids, "text_mask": word_mask})
     projection = params["lang_proj"]
     word = np.asarray(output.word_features)[0, 1] @ projection["kernel"] + projection["bias"]
     pixel = np.asarray(output.mask_features)[0, 2, 3]
@@ -86,6 +96,7 @@ def test_a_network_without_these_parts():
 
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "load_trained", lambda *_: trained())
+    monkeypatch.setattr(module, "Explainer", lambda _: explainer())
     image = tmp_path / "a.png"
     pictures(1)[0].save(image)
     out = tmp_path / "words.png"

@@ -110,6 +110,7 @@ def test_predict_numbers_several_sentences_and_warns(run, scene, tmp_path):
         ([CONFIG, "--config.train.steps=many"], ["steps", "many"]),
         ([CONFIG, "--mode=test"], ["mode", "test", "train"]),
         (["--config=configs/absent.py"], ["configs/absent.py"]),
+        (["--config=configs/ablation_shapes.py:magic"], ["unknown variant 'magic'", "lavt_mg"]),
         ([CONFIG, "--wrkdir=x"], ["wrkdir"]),
         ([CONFIG, "eval"], ["'eval' is not a flag"]),
         ([], ["--config is missing"]),
