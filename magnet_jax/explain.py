@@ -181,6 +181,10 @@ def explain(
     explainer = Explainer(load_trained(workdir, config))
     if explainer.trained.network.grounding is None:
         print("note: the network was trained without Mask Grounding and guesses no words", flush=True)
+    if not explainer.trained.config.loss.alignment:
+        print(
+            "note: it was trained without the alignment loss, which makes pixels similar to words", flush=True
+        )
     for number, text in enumerate(texts):
         found = explainer.explain(image, text)
         name = path if len(texts) == 1 else path.with_suffix(f".{number}.png")
