@@ -1,6 +1,6 @@
 """LAVT on the built-in data set, with the encoders, data and time of `configs/shapes.py`.
 
-python main.py --config=configs/lavt_shapes.py --workdir=runs/lavt_shapes        2 CPU cores, 6 minutes, val oIoU 38
+python main.py --config=configs/lavt_shapes.py --workdir=runs/lavt_shapes        2 CPU cores, 3 to 6 minutes, val oIoU 36
 """
 
 from ml_collections import ConfigDict
