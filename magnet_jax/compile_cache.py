@@ -23,14 +23,21 @@ def keep_compiled(workdir: str | Path) -> None:
     global _ours
     if jax.config.jax_compilation_cache_dir not in (None, _ours):
         return
-    secret = _secret()
-    if secret is None or (Path(workdir).exists() and not os.access(workdir, os.W_OK)):
+    folder = folder_in(workdir)
+    if folder is None:
         return
-    folder = str(Path(workdir).absolute() / "compiled" / hashlib.sha256(secret).hexdigest()[:32])
     if folder != _ours:
         compilation_cache.reset_cache()
     _ours = folder
     compilation_cache.set_cache_dir(folder)
+
+
+def folder_in(workdir: str | Path) -> str | None:
+    """That folder; None where nothing can be kept."""
+    secret = _secret()
+    if secret is None or (Path(workdir).exists() and not os.access(workdir, os.W_OK)):
+        return None
+    return str(Path(workdir).absolute() / "compiled" / hashlib.sha256(secret).hexdigest()[:32])
 
 
 def _secret() -> bytes | None:

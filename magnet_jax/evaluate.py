@@ -28,7 +28,7 @@ from magnet_jax.metrics import PROTOCOLS
 from magnet_jax.parallelism import jit_eval_step
 from magnet_jax.sharding import batch_parts, batch_sharding
 from magnet_jax.table import table
-from magnet_jax.trained import load_trained
+from magnet_jax.trained import Trained, load_trained
 from magnet_jax.workdir import write_atomically, write_json
 
 
@@ -284,6 +284,26 @@ def _over_processes(tree):
     leaves, structure = jax.tree.flatten(tree)
     sums = [multihost_utils.process_allgather(leaf).sum(axis=0, dtype=leaf.dtype) for leaf in leaves]
     return jax.tree.unflatten(structure, sums)
+
+
+def read_ious(csv_file: Path) -> np.ndarray:
+    """IoU of every expression under 'squash', from the lines that an evaluation wrote: `[N]`, NaN where it left one out."""
+    with csv_file.open(newline="") as lines:
+        pixels = [(line["squash I"], line["squash U"]) for line in csv.DictReader(lines)]
+    return np.array([int(i) / max(int(u), 1) if u else np.nan for i, u in pixels])
+
+
+def expression_ious(trained: Trained, split: str, csv_file: Path, **options) -> np.ndarray:
+    """IoU of every expression of a split, as `read_ious`; their lines stay in `csv_file`.
+
+    options: of the data source, beside those that the network was trained with.
+    """
+    config = trained.config.copy_and_resolve_references()
+    config.data.options.update(options)
+    config.eval.protocols, config.eval.shuffled_text = ("squash",), False
+    step = jit_eval_step(trained.network, trained.shardings, trained.mesh)
+    Evaluator(step, trained.tokenizer, config, trained.mesh)(trained.variables, split, csv_file=csv_file)
+    return read_ious(csv_file)
 
 
 def evaluate(workdir: str, config: ConfigDict | None = None) -> dict:

@@ -11,6 +11,7 @@ import numpy as np
 
 PROTOCOLS = ("squash", "original", "gres")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+RIGHT = 0.5  # IoU from which an expression counts as understood.
 
 
 def count_overlap(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int]:

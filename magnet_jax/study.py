@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import fcntl
 import hashlib
@@ -30,9 +29,8 @@ from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
 from magnet_jax.experiment import load_experiment
+from magnet_jax.metrics import RIGHT
 from magnet_jax.workdir import write_json
-
-RIGHT = 0.5  # IoU from which an expression counts as understood.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +125,9 @@ def _execute(run: Run, out: Path) -> None:
     from magnet_jax.workdir import History
 
     config, workdir = run.config(), out / "runs" / run.name
+    configured = config_hash(config)
+    if config.data.source == "shapes":  # Made once for all runs.
+        config.data.options.cache_dir = str(out / "data")
     variants = load_study(run.experiment).VARIANTS
     variant = variants[run.variant]
     results = train(config, workdir)
@@ -142,7 +143,7 @@ def _execute(run: Run, out: Path) -> None:
             "label": variant.label,
             "reference": variant.reference,
             "place": list(variants).index(run.variant),
-            "config_hash": config_hash(config),
+            "config_hash": configured,
             "jax": jax.__version__,
             "steps": history[-1]["step"],
             "batch_size": config.data.batch_size,
@@ -166,28 +167,18 @@ def counterfactual(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if config.data.source != "shapes":
         return {}
     import input_pipeline
-    from magnet_jax.evaluate import Evaluator
-    from magnet_jax.parallelism import jit_eval_step
+    from magnet_jax.evaluate import expression_ious
     from magnet_jax.trained import load_trained
 
     trained = load_trained(workdir)
-    config = trained.config.copy_and_resolve_references()
-    config.data.options.counterfactual = True
-    config.eval.protocols, config.eval.shuffled_text = ("squash",), False
-    evaluator = Evaluator(
-        jit_eval_step(trained.network, trained.shardings, trained.mesh),
-        trained.tokenizer,
-        config,
-        trained.mesh,
-    )
+    data = trained.config.data.copy_and_resolve_references()
+    data.options.counterfactual = True
     found = {}
-    for split in config.data.eval_splits:
+    for split in data.eval_splits:
         file = workdir / "counterfactual" / f"{split}.csv"
-        evaluator(trained.variables, split, csv_file=file)
-        with file.open() as lines:
-            right = [float(line["squash IoU"]) >= RIGHT for line in csv.DictReader(lines)]
-        words = input_pipeline.load_split(config.data, split).types
-        found[split] = pair_figures(right, words)
+        ious = expression_ious(trained, split, file, counterfactual=True)
+        words = input_pipeline.load_split(data, split).types
+        found[split] = pair_figures((ious >= RIGHT).tolist(), words)
     return found
 
 
@@ -254,6 +245,8 @@ def _log_file(out: Path, run: Run) -> Path:
 
 
 def _start(run: Run, out: Path, cores: Sequence[int]) -> subprocess.Popen:
+    from magnet_jax.compile_cache import folder_in  # JAX is not to start before a run has set its threads.
+
     command = [
         sys.executable,
         "-m",
@@ -263,9 +256,15 @@ def _start(run: Run, out: Path, cores: Sequence[int]) -> subprocess.Popen:
     ]
     file = _log_file(out, run)
     file.parent.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if folder := folder_in(out):  # Seeds of a variant share its programs.
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
     with file.open("a") as log:
         return subprocess.Popen(
-            [*command, f"--cores={','.join(map(str, cores))}"], stdout=log, stderr=subprocess.STDOUT
+            [*command, f"--cores={','.join(map(str, cores))}"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
         )
 
 

@@ -75,10 +75,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
     # ---------------------------------------------------------------------------------------------- network and state
     network = build_network(config)
     tx, schedule = make_optimizer(config.optimizer, total_steps)
-    init = functools.partial(
-        init_state, network, tx, config.seed, batch_shapes(config), ema=bool(config.train.ema)
-    )
-    shapes = jax.eval_shape(init)  # Nothing is ever whole on one device.
+    # The seed is an argument: of all seeds the program is one, which is compiled once.
+    init = functools.partial(init_state, network, tx, batch=batch_shapes(config), ema=bool(config.train.ema))
+    seed = np.uint32(config.seed)
+    shapes = jax.eval_shape(init, seed)  # Nothing is ever whole on one device.
     shardings = state_sharding(shapes, mesh, config.sharding)
 
     step_function = configured_train_step(config, network, tx, schedule, **parallelism.within_step)
@@ -115,7 +115,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 parallelism.compile, step_function, shapes, shardings, batch_shapes(config)
             )
         if not start_step:
-            state = jax.jit(init, out_shardings=shardings)()
+            state = jax.jit(init, out_shardings=shardings)(seed)
             if own is not None:  # Stopped before its first checkpoint.
                 arrays, loaded = load_initial(shapes.variables, config)
             if arrays:
@@ -263,7 +263,7 @@ def write_panels(log: Log, workdir: Path, step: int, split: str, pictures: list)
     if not log.active or not pictures:
         return
     images = {
-        f"{split}_{i}": visualize.panel(p.image, p.text, p.truth, p.prediction)
+        f"{split}_{i}": visualize.panel(p.image, p.text, p.truth, {"prediction": p.prediction})
         for i, p in enumerate(pictures)
     }
     for name, image in images.items():

@@ -43,7 +43,7 @@ class TrainState:
 
 
 def init_state(
-    network: Network, tx: optax.GradientTransformation, seed: int, batch: Batch, ema: bool = False
+    network: Network, tx: optax.GradientTransformation, seed: jax.Array | int, batch: Batch, ema: bool = False
 ) -> TrainState:
     """The state at step 0 for batches shaped like `batch`; pure, so that it can be traced for shapes or sharded.
 

@@ -1,6 +1,6 @@
 """Pictures: overlays, panels (image, truth, prediction) and the curves of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 
 import numpy as np
@@ -26,25 +26,23 @@ def overlay(
 
 
 def panel(
-    image: np.ndarray, text: str, truth: np.ndarray, prediction: np.ndarray, side: int = 240
+    image: np.ndarray, text: str, truth: np.ndarray, predictions: Mapping[str, np.ndarray], side: int = 240
 ) -> np.ndarray:
-    """Image, truth and prediction side by side under their sentence.
+    """Image, truth and predictions side by side under their sentence.
 
-    Args: image uint8 [H, W, 3]; truth, prediction bool [H, W]; side: height of each picture, pixels.
+    Args: image uint8 [H, W, 3]; truth, predictions (by their captions) bool [H, W]; side: height of each picture, pixels.
     """
-    pictures = (image, overlay(image, truth, _TRUTH), overlay(image, prediction, _PREDICTION))
+    columns = [("image", "black", image), ("truth", _TRUTH, overlay(image, truth, _TRUTH))]
+    columns += [(name, _PREDICTION, overlay(image, mask, _PREDICTION)) for name, mask in predictions.items()]
     width = max(1, round(side * image.shape[1] / image.shape[0]))
-    canvas = Image.new("RGB", (3 * width + 4 * _MARGIN, side + _CAPTION + _MARGIN), "white")
-    for column, picture in enumerate(pictures):
+    step = width + _MARGIN
+    canvas = Image.new("RGB", (len(columns) * step + _MARGIN, side + _CAPTION + _MARGIN), "white")
+    draw, small = ImageDraw.Draw(canvas), ImageFont.load_default(size=11)
+    draw.text((_MARGIN, 0), text, fill="black", font=ImageFont.load_default(size=14))
+    for number, (label, colour, picture) in enumerate(columns):
         resized = Image.fromarray(picture).resize((width, side), Image.Resampling.NEAREST)
-        canvas.paste(resized, (_MARGIN + column * (width + _MARGIN), _CAPTION))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
-    draw.text((_MARGIN, 0), text, fill="black", font=font)
-    for column, (label, colour) in enumerate(
-        (("image", "black"), ("truth", _TRUTH), ("prediction", _PREDICTION))
-    ):
-        small = ImageFont.load_default(size=11)
-        draw.text((_MARGIN + column * (width + _MARGIN), 18), label, fill=colour, font=small)
+        canvas.paste(resized, (_MARGIN + number * step, _CAPTION))
+        draw.text((_MARGIN + number * step, 18), label, fill=colour, font=small)
     return np.asarray(canvas)
 
 

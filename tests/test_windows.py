@@ -16,7 +16,7 @@ from magnet_jax.sharding import make_mesh
 # Several windows each way; not multiples of a cell or of each other, one smaller than a window.
 LEVELS = ((9, 12), (19, 25), (38, 50))
 PIXELS, HEADS, POINTS = sum(h * w for h, w in LEVELS), 4, 2
-CENTRES = pixel_centres(LEVELS, POINTS)
+CENTRES = np.asarray(pixel_centres(LEVELS, POINTS))
 USUAL = ((15, 15), (30, 30), (60, 60), (120, 120))  # Of a picture of 480 pixels.
 
 
@@ -219,17 +219,17 @@ def test_a_decoder_in_cells_equals_one_in_the_order_of_pixels(decoder, devices):
         np.testing.assert_allclose(b, a, atol=1e-5 * max(1, np.abs(a).max()), err_msg=name)
 
 
-def test_platforms_choose_cells_for_large_pictures():
+def test_platforms_choose_their_form():
     shapes = ((15, 15), (30, 30), (60, 60), (120, 120))
-    usual = {"channels": 256, "heads": 8}
-    assert PixelDecoder(platform="tpu", **usual).cells(shapes) is not None
-    assert PixelDecoder(platform="tpu", **usual).cells(shapes[:2]) is None  # Few pixels,
-    assert (
-        PixelDecoder(platform="tpu", channels=240, heads=8).cells(shapes) is None
-    )  # or heads that do not fit,
-    for platform in ("cpu", "gpu", ""):
-        assert PixelDecoder(platform=platform, **usual).cells(shapes) is None
-    assert PixelDecoder(platform="tpu", sampling="rows", **usual).cells(shapes) is None
+
+    def form(platform, shapes=shapes, channels=256, **fields):
+        return PixelDecoder(platform=platform, channels=channels, heads=8, **fields).form(shapes)
+
+    assert form("tpu") == "windows"
+    assert form("tpu", shapes[:2]) == "dense"  # Few pixels,
+    assert form("tpu", channels=240) == "rows"  # or heads that do not fit.
+    assert (form("cpu"), form("gpu"), form("")) == ("points", "rows", "auto")
+    assert form("tpu", sampling="rows") == "rows"
 
 
 def test_queries_must_be_the_pixels():

@@ -18,7 +18,9 @@ class TinyModel(nn.Module):
     channels: int = 16
 
     @nn.compact
-    def __call__(self, image, text_ids, text_mask, train: bool = False) -> Output:
+    def __call__(self, image, text_ids, text_mask, train: bool = False, pairs=None) -> Output:
+        if pairs is not None:
+            image, text_ids, text_mask = image[pairs[0]], text_ids[pairs[1]], text_mask[pairs[1]]
         words = nn.Embed(256, self.channels)(text_ids) * text_mask[..., None]
         sentence = words.sum(1) / text_mask.sum(1, keepdims=True)  # [B, C]
         x = nn.Conv(self.channels, (4, 4), (4, 4), name="patch")(image)

@@ -73,7 +73,7 @@ def _summed_to(shape: tuple[int, ...], x: jax.Array) -> jax.Array:
     return x.sum(repeated, keepdims=True)
 
 
-def attend_by_lanes(query, key, value, bias, *, scale: float, mask: np.ndarray | None = None) -> jax.Array:
+def attend_by_lanes(query, key, value, bias, *, scale: float, mask: jax.Array | None = None) -> jax.Array:
     """Multi-head attention within windows, without taking the heads apart: `[B, windows, N, C]` each, and the result.
 
     bias [heads, N, N] and mask [windows, N, N] are added to the logits. As many heads as fit side by side into the lanes of
@@ -152,7 +152,7 @@ attend_in_windows.defvjp(
 
 
 def _by_lanes(qkv, bias, mask: WindowMask | None, scale: float) -> jax.Array:
-    added = None if mask is None else mask.masks[mask.kinds]
+    added = None if mask is None else jnp.asarray(mask.masks)[mask.kinds]
     return attend_by_lanes(*jnp.split(qkv, 3, -1), bias, scale=scale, mask=added)
 
 

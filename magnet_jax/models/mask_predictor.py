@@ -84,9 +84,7 @@ class MaskPredictor(nn.Module):
         memories = [
             feature.reshape(batch, -1, channels) + level_embedding[i] for i, feature in enumerate(features)
         ]
-        positions = [
-            jnp.asarray(sine_position(*feature.shape[1:3], channels), self.dtype) for feature in features
-        ]
+        positions = [sine_position(*feature.shape[1:3], channels).astype(self.dtype) for feature in features]
 
         norm = LayerNorm(name="norm")
         class_head = fan_in_dense(2, channels, dtype=self.dtype, name="class")

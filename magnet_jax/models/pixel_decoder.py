@@ -14,7 +14,7 @@ from magnet_jax.models.layers import Dense, Remat, kaiming_uniform, sine_positio
 from magnet_jax.models.norms import GroupNorm, LayerNorm
 from magnet_jax.models.order import arrange, restore
 from magnet_jax.models.sampling import automatic, cells_for
-from magnet_jax.models.windows import Cells, Levels
+from magnet_jax.models.windows import Levels
 
 
 class PixelDecoderLayer(nn.Module):
@@ -73,11 +73,14 @@ class PixelDecoder(nn.Module):
             positions.append(sine_position(height, width, self.channels) + level_embedding[i])
         source = jnp.concatenate(sources, 1)
         position = jnp.concatenate(positions).astype(self.dtype)
-        cells = self.cells(tuple(shapes))
+        form = self.form(tuple(shapes))
+        cells = (
+            cells_for(tuple(shapes), self.heads, self.channels // self.heads) if form == "windows" else None
+        )
         if cells is not None:  # All layers in the order that sampling wants.
             source, position = arrange(source, cells.order), position[cells.order.rows]
         block = self.remat(PixelDecoderLayer, "decoder", static=3)
-        fields = (self.heads, self.points, self.feedforward, self.sampling, self.dtype, cells is not None)
+        fields = (self.heads, self.points, self.feedforward, form, self.dtype, cells is not None)
         for i in range(self.layers):
             source = block(*fields, name=f"layer_{i}")(source, position, tuple(shapes))
         if cells is not None:
@@ -93,9 +96,8 @@ class PixelDecoder(nn.Module):
         )
         return mask_features(refined[-1]), refined
 
-    def cells(self, shapes: Levels) -> Cells | None:
-        """The cells that queries are in where they are sampled by windows."""
-        form, channels = self.sampling, self.channels // self.heads
-        if form == "auto" and self.platform:
-            form = automatic(self.platform, shapes, self.heads, channels)
-        return cells_for(shapes, self.heads, channels) if form == "windows" else None
+    def form(self, shapes: Levels) -> str:
+        """How samples are taken: what 'auto' means, where it is known by now."""
+        if self.sampling == "auto" and self.platform:
+            return automatic(self.platform, shapes, self.heads, self.channels // self.heads)
+        return self.sampling

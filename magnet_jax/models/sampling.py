@@ -139,8 +139,8 @@ def _rows_in_cells(value, raw, levels, heads, offsets):
     cells = cells_for(levels, heads, value.shape[-1] // heads)
     x, y, weights = jnp.split(raw.reshape(*raw.shape[:2], 3 * heads, -1), 3, 2)
     if offsets:
-        centres = pixel_centres(levels, x.shape[-1] // len(levels))
-        x, y = (a + centre[cells.order.rows] for a, centre in zip((x, y), centres, strict=True))
+        centres = pixel_centres(levels, x.shape[-1] // len(levels), cells.order.rows)
+        x, y = (a + centre for a, centre in zip((x, y), centres, strict=True))
         weights = jax.nn.softmax(weights, -1)
     value = _by_head(restore(value, cells.order), heads)
     return _flat(_sample(value, x, y, weights, levels, "rows"))
@@ -177,15 +177,15 @@ def _sample_in_cells_backward(levels, heads, offsets, residuals, gradient):
 sample_in_cells.defvjp(_sample_in_cells_forward, _sample_in_cells_backward)
 
 
-def pixel_centres(levels: Levels, points: int) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of all pixels in pixels of the level of every sample: `[S, 1, L * P]` float32 each."""
-    centre = np.concatenate([windows.centres(level) for level in levels])[:, None]
-    return tuple(
-        (centre[..., axis, None] * np.repeat([level[axis] for level in levels], points) - 0.5).astype(
-            np.float32
-        )
-        for axis in (1, 0)
-    )
+def pixel_centres(levels: Levels, points: int, rows: np.ndarray | slice = slice(None)) -> list[jax.Array]:
+    """x and y of all pixels, or of `rows`, in pixels of the level of every sample: `[S, 1, L * P]` float32 each."""
+    centre = np.concatenate([windows.centres(level) for level in levels])[rows, None]
+    found = []
+    for axis in (1, 0):
+        at = (centre[..., axis, None] * [level[axis] for level in levels] - 0.5).astype(np.float32)
+        # Repeated by the program, of which it would be most of the text.
+        found.append(jnp.broadcast_to(at[..., None], (*at.shape, points)).reshape(*at.shape[:2], -1))
+    return found
 
 
 def _flat(array: jax.Array) -> jax.Array:

@@ -39,11 +39,11 @@ def shift_regions(height: int, width: int, window: int) -> np.ndarray:
     return regions.transpose(0, 2, 1, 3).reshape(-1, window * window)
 
 
-@functools.cache
-def shift_mask(height: int, width: int, window: int) -> np.ndarray:
+def shift_mask(height: int, width: int, window: int) -> jax.Array:
     """Additive mask of a rolled map that keeps its regions apart: `[windows, window**2, window**2]`, 0 or -100."""
-    regions = shift_regions(height, width, window)
-    return np.where(regions[:, :, None] == regions[:, None], 0.0, -100.0).astype(np.float32)
+    # Compared by the program: as a constant of it, each block's mask would be megabytes.
+    regions = jnp.asarray(shift_regions(height, width, window))
+    return jnp.where(regions[:, :, None] == regions[:, None], 0.0, -100.0)
 
 
 @functools.cache
