@@ -59,6 +59,8 @@ def get_config() -> ConfigDict:
     swin.drop_path = 0.3  # Of the last block, rising linearly from 0.
     # How window attention is computed, with one result: 'heads', 'lanes' (for TPUs) or 'auto', by the platform.
     swin.attention = "auto"
+    # Stages of six blocks and more: 'scan', a loop, whose program compiles and loads faster; 'unroll'; 'auto'.
+    swin.blocks = "auto"
     swin.position = False  # Add the absolute position to the patches; the published networks do without.
     model.bert = bert = ConfigDict()  # BERT-base-uncased.
     bert.vocab_size = 0  # 0: the tokenizer's.

@@ -27,11 +27,11 @@ from input_pipeline.shapes_describe import FLAVOURS, MIXED, NO_TARGET, SEVERAL_T
 from input_pipeline.shapes_render import encode_png, render
 from input_pipeline.shapes_scene import Dice, Profile, Scene, is_rare, sample_scene
 
-VERSION = 1  # of the generator; raise it with any change of what it makes: caches of older data are not used
+VERSION = 2  # of the generator; raise it with any change of what it makes: caches of older data are not used
 SCENES = {"train": 10000, "val": 500, "testA": 500, "testB": 500, "rare": 500}
 MIN_VISIBLE = 0.6
 vocabulary = shapes_grammar.vocabulary
-_CANDIDATES = 4
+_CANDIDATES, _RELATIONS = 4, 16  # Of expressions, and of relations beside them, to find counterparts for.
 _SCENES_PER_WORKER = 500  # fewer are made faster than a process starts
 
 
@@ -116,6 +116,10 @@ def make_example(seed: int, split: str, index: int, options: Options) -> Example
             scene, targets, options.flavour, options.types, options.per_object, speech
         )
         if options.counterfactual:
+            if "relation" in options.types:  # Which are seldom true of another object with another word.
+                found += shapes_describe.describe_scene(
+                    scene, targets, options.flavour, ("relation",), _RELATIONS * options.expressions, speech
+                )
             found = shapes_counterfactual.pairs(scene, found, extra)
         if found:
             break

@@ -122,11 +122,16 @@ def build_model(config: ConfigDict, platform: str | None = None) -> nn.Module:
         raise UserError(
             f"config.model.swin.attention is '{attention}'; expected 'auto' or one of {', '.join(ATTENTION_FORMS)}"
         )
+    blocks = fields.get("swin", {}).pop("blocks", "auto")
+    if blocks not in ("scan", "unroll", "auto"):
+        raise UserError(f"config.model.swin.blocks is '{blocks}'; expected 'auto', 'scan' or 'unroll'")
     platform = platform or jax.default_backend()
     if "pixel_decoder" in fields:
         fields["pixel_decoder"]["platform"] = platform
     if attention == "auto" and "swin" in fields:
         fields["swin"]["attention"] = "lanes" if platform == "tpu" else "heads"
+    if "swin" in fields:
+        fields["swin"]["scan"] = {"auto": platform == "cpu"}.get(blocks, blocks == "scan")
     if foreign := sorted(set(fields) - known):
         raise UserError(
             f"config.model has fields that '{name}' has not: {', '.join(foreign)}; start from a configuration of its own"

@@ -86,7 +86,9 @@ def test_what_cannot_be_compared_is_one_line(runs, tmp_path, capsys):
         return capsys.readouterr().err
 
     both = f"--runs={','.join(runs)}"
-    assert "--runs has 1 run directories; give two" in fails(f"--runs={runs[0]}", f"--output={tmp_path}/x.png")
+    assert "--runs has 1 run directories; give two" in fails(
+        f"--runs={runs[0]}", f"--output={tmp_path}/x.png"
+    )
     assert "--labels is 'A'; give a name of its own" in fails(both, "--labels=A")
     assert "expected a name that ends in .png" in fails(both, "--output=x.gif")
     assert "--count is 0; expected 1 or more" in fails(both, "--count=0")

@@ -7,13 +7,15 @@ import pytest
 
 from configs import debug
 from magnet_jax.errors import UserError
-from magnet_jax.models.layers import DropPath, sine_position
+from magnet_jax.models.layers import Remat, path_scales, sine_position
 from magnet_jax.models.swin import (
     ATTENTION_FORMS,
     PatchEmbed,
     PatchMerging,
     PatchProjection,
     Swin,
+    SwinBlock,
+    SwinStage,
     WindowAttention,
     relative_position_index,
     shift_mask,
@@ -140,6 +142,24 @@ def test_the_platform_chooses_the_form(platform, form):
         build_model(config, platform)
 
 
+def test_the_platform_chooses_loops():
+    config = debug.get_config().model
+    config.bert.vocab_size = 10
+    assert [build_model(config, platform).swin["scan"] for platform in ("cpu", "tpu", "gpu")] == [
+        True,
+        False,
+        False,
+    ]
+    for blocks in ("scan", "unroll"):
+        config.swin.blocks = blocks
+        assert build_model(config, "cpu").swin["scan"] == (blocks == "scan")
+    config.swin.blocks = "loop"
+    with pytest.raises(
+        UserError, match="config.model.swin.blocks is 'loop'; expected 'auto', 'scan' or 'unroll'"
+    ):
+        build_model(config)
+
+
 @pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("size", [(4, 6), (3, 5)])
 def test_patch_merging_order_and_padding(size, by_rows):
@@ -221,11 +241,53 @@ def test_every_second_block_is_shifted_and_drop_path_rises():
         assert changed[0, :, :2].any() == expected
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    x = jnp.ones((4000, 2, 3))
-    y = np.asarray(DropPath(0.25).apply({}, x, train=True, rngs={"dropout": jax.random.key(0)}))
-    assert ((y == y[:, :1, :1]).all((1, 2))).all()
-    np.testing.assert_allclose(np.unique(y), [0, 1 / 0.75], rtol=1e-6)
-    assert abs(y.mean() - 1) < 0.03
-    assert (DropPath(0.25).apply({}, x, train=False) == x).all()
-    assert (DropPath(0.0).apply({}, x, train=True) == x).all()
+def test_path_scales_drop_branches_of_examples_and_keep_the_mean():
+    scales = np.asarray(path_scales(jax.random.key(0), [0.0, 0.25, 0.5], 4000))
+    assert scales.shape == (3, 2, 4000)
+    assert (scales[0] == 1).all()
+    for rate, of_block in zip([0.25, 0.5], scales[1:], strict=True):
+        np.testing.assert_allclose(np.unique(of_block), [0, 1 / (1 - rate)], rtol=1e-6)
+        np.testing.assert_allclose(of_block.mean(1), 1, atol=0.05)
+        assert abs(np.corrcoef(of_block)[0, 1]) < 0.1  # Each branch by itself,
+    assert abs(np.corrcoef(scales[1:, 0])[0, 1]) < 0.1  # and each block.
+    # An example's do not depend on the others.
+    np.testing.assert_array_equal(path_scales(jax.random.key(0), [0.0, 0.25, 0.5], 7), scales[..., :7])
+
+
+def test_a_block_is_its_two_branches_scaled():
+    """One that both branches are dropped from leaves an example as it is; the second alone, against the block by hand."""
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(3, 4, 4, 8)), jnp.float32)
+    block = SwinBlock(2, 2, True)
+    params = random_params(np.random.default_rng(6), block, x)
+    scales = jnp.array([[0.0, 0.0, 2.0], [0.0, 1.5, 0.0]])
+    found = block.apply(params, x, scales)
+    np.testing.assert_array_equal(found[0], x[0])
+    # Linear in each scale while the other is zero.
+    one = block.apply(params, x, jnp.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
+    np.testing.assert_allclose(found[1] - x[1], 1.5 * (one[1] - x[1]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[2] - x[2], 2.0 * (one[2] - x[2]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(block.apply(params, x), block.apply(params, x, jnp.ones((2, 3))), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("depth", "form", "parts"), [(6, "heads", ()), (7, "lanes", ("stage_1",))])
+def test_a_loop_over_blocks_changes_nothing(depth, form, parts):
+    """Neither values nor gradients, with dropped branches, and what follows the last pair."""
+    rates = tuple(np.linspace(0, 0.6, depth).tolist())
+    fields = dict(heads=2, window=2, drop_paths=rates, remat=Remat(parts), attention=form)
+    x = np.random.default_rng(5).normal(size=(3, 4, 6, 8)).astype(np.float32)
+    unrolled, scanned = (SwinStage(**fields, scan=scan) for scan in (False, True))
+    params = random_params(np.random.default_rng(6), unrolled, x)
+
+    def run(stage, params, x):
+        out = stage.apply(params, x, train=True, rngs={"dropout": jax.random.key(1)})
+        return jnp.sum(jnp.sin(out)), out
+
+    found = [
+        jax.jit(jax.value_and_grad(lambda *a, s=s: run(s, *a), (0, 1), True))(params, x)
+        for s in (unrolled, scanned)
+    ]
+    assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+    programs = [str(jax.make_jaxpr(lambda p, s=s: run(s, p, x))(params)) for s in (unrolled, scanned)]
+    assert ["scan" in program for program in programs] == [False, True]
+    assert jax.tree.structure(scanned.init(jax.random.key(0), x)) == jax.tree.structure(dict(params))

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -213,21 +213,19 @@ class Dropout(nn.Module):
     def __call__(self, x, *, train: bool):
         if not train or self.rate == 0.0:
             return x
-        shape = self.dropped_together(x)
         keys = example_keys(self.make_rng("dropout"), x.shape[0])
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, shape))(keys)
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, x.shape[1:]))(keys)
         return jnp.where(keep, x / (1.0 - self.rate), 0)
 
-    def dropped_together(self, x) -> tuple[int, ...]:
-        """Shape of the decisions of one example: 1 along what is dropped or kept as a whole."""
-        return x.shape[1:]
 
+def path_scales(key: jax.Array, rates: Sequence[float], batch: int) -> jax.Array:
+    """Stochastic depth: what the two branches of every block are multiplied with, `[blocks, 2, B]`.
 
-class DropPath(Dropout):
-    """Stochastic depth: drops a whole residual branch per example and rescales the rest. x [B, ...]."""
-
-    def dropped_together(self, x) -> tuple[int, ...]:
-        return (1,) * (x.ndim - 1)
+    0 where an example goes without the branch, else what keeps the mean, 1 / (1 - rate).
+    """
+    kept = 1 - np.asarray(rates, np.float32)[:, None, None]
+    draw = jax.vmap(lambda key: jax.random.uniform(key, (len(rates), 2)), out_axes=-1)
+    return jnp.where(draw(example_keys(key, batch)) < kept, 1 / kept, 0)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax.models.attention import WindowMask, attend_by_head, attend_in_windows
-from magnet_jax.models.layers import Dense, DropPath, Remat, gelu, sine_position, truncated_normal, zeros
+from magnet_jax.models.layers import Dense, Remat, gelu, path_scales, sine_position, truncated_normal, zeros
 from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.order import TILE, Order, arrange, pad_rows, restore
 
@@ -153,32 +153,45 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Window attention and a four times wider MLP, pre-norm, both residual: `[B, H, W, C] -> [B, H, W, C]`."""
+    """Window attention and a four times wider MLP, pre-norm, both residual: `[B, H, W, C] -> [B, H, W, C]`.
+
+    scales `[2, B]`: what the two branches are multiplied with; None for one.
+    """
 
     heads: int
     window: int
     shifted: bool
-    drop_path: float
     dtype: Any = jnp.float32
     attention: str = "heads"
     size: tuple[int, int] | None = None  # With 'lanes': see `WindowAttention`.
 
     @nn.compact
-    def __call__(self, x, train: bool = False):
+    def __call__(self, x, scales=None):
+        def scaled(branch, number):
+            if scales is None:
+                return branch
+            return branch * scales[number].reshape(-1, *(1,) * (branch.ndim - 1)).astype(branch.dtype)
+
         y = LayerNorm(name="norm1")(x)
         attention = WindowAttention(
             self.heads, self.window, self.shifted, self.dtype, self.attention, self.size, name="attn"
         )
-        y = attention(y)
-        x += DropPath(self.drop_path)(y, train=train)
+        x += scaled(attention(y), 0)
         y = LayerNorm(name="norm2")(x)
         y = gelu(Dense(4 * x.shape[-1], kernel_init=truncated_normal, dtype=self.dtype, name="fc1")(y))
         y = Dense(x.shape[-1], kernel_init=truncated_normal, dtype=self.dtype, name="fc2")(y)
-        return x + DropPath(self.drop_path)(y, train=train)
+        return x + scaled(y, 1)
+
+
+_LOOP = 3  # Pairs of blocks from which on a stage is worth a loop.
 
 
 class SwinStage(nn.Module):
-    """The blocks of one stage, every second one shifted: `[B, H, W, C] -> [B, H, W, C]`."""
+    """The blocks of one stage, every second one shifted: `[B, H, W, C] -> [B, H, W, C]`.
+
+    With `scan`, many blocks are a loop over pairs of them, for which their parameters are put side by side: the same
+    result of a program that is traced, compiled and loaded in a fraction of the time.
+    """
 
     heads: int
     window: int
@@ -187,18 +200,43 @@ class SwinStage(nn.Module):
     number: int = 1  # 1 is the finest
     remat: Remat = Remat()
     attention: str = "heads"
+    scan: bool = False
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
-        block = self.remat(SwinBlock, f"stage_{self.number}", static=2)
-        size = x.shape[1:3]
+        block = self.remat(SwinBlock, f"stage_{self.number}")
+        size, scales, depth = x.shape[1:3], None, len(self.drop_paths)
         fields = (self.dtype, self.attention)
+        if train and any(self.drop_paths):
+            scales = path_scales(self.make_rng("dropout"), self.drop_paths, x.shape[0])
         if self.attention == "lanes":
             x = into_rows(x)
             fields += (size,)
-        for i, rate in enumerate(self.drop_paths):
-            x = block(self.heads, self.window, i % 2 == 1, rate, *fields, name=f"block_{i}")(x, train)
+        pairs = depth // 2 if self.scan and not self.is_initializing() else 0
+        start = 2 * pairs if pairs >= _LOOP else 0
+        if start:
+            two = [block(self.heads, self.window, shifted, *fields, parent=None) for shifted in (False, True)]
+            x = self._in_pairs(two, x, None if scales is None else scales[:start])
+        for i in range(start, depth):
+            one = block(self.heads, self.window, i % 2 == 1, *fields, name=f"block_{i}")
+            x = one(x, None if scales is None else scales[i])
         return from_rows(x, size) if self.attention == "lanes" else x
+
+    def _in_pairs(self, blocks: Sequence[nn.Module], x, scales):
+        """Runs the first blocks of the stage, of which `blocks` are two."""
+        params, count = self.variables["params"], len(self.drop_paths) // 2
+        pairs = [[params[f"block_{2 * pair + i}"] for i in range(2)] for pair in range(count)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
+
+        def run(x, of_pair):
+            params, scales = of_pair
+            for number, block in enumerate(blocks):
+                of_block = None if scales is None else scales[number]
+                x = block.apply({"params": params[number]}, x, of_block)
+            return x, None
+
+        scales = None if scales is None else scales.reshape(count, 2, *scales.shape[1:])
+        return jax.lax.scan(run, x, (stacked, scales))[0]
 
 
 class PatchProjection(nn.Module):
@@ -319,6 +357,7 @@ class Swin(nn.Module):
     drop_path: float = 0.3  # of the last block; rises linearly from 0
     position: bool = False  # absolute position of the patches, which the published networks do without
     attention: str = "heads"  # form of `WindowAttention`; with 'lanes', the rest suits TPUs as well
+    scan: bool = False  # see `SwinStage`
     dtype: Any = jnp.float32
     remat: Remat = Remat()
 
@@ -336,6 +375,7 @@ class Swin(nn.Module):
                 number,
                 self.remat,
                 self.attention,
+                self.scan,
             )
             for number, (heads, depth, end) in enumerate(zip(self.heads, self.depths, ends, strict=True), 1)
         ]
