@@ -5,6 +5,7 @@ python main.py --mode=eval --workdir=DIR
 python main.py --mode=predict --workdir=DIR --image=FILE --text="the red ring" --output=out.png
 python main.py --mode=explain --workdir=DIR --image=FILE --text="the red ring" --output=words.png
 python main.py --mode=export --workdir=DIR --format=released --output=out.safetensors
+python main.py --mode=export --workdir=DIR --format=portable --output=FOLDER
 python main.py --mode=compile --config=configs/refcoco.py --topology=v5e:4x4,h100:8 [--output=report.json]
 python main.py --mode=benchmark --config=configs/refcoco.py --workdir=DIR [--step=train]
 """
@@ -36,9 +37,11 @@ _TEXT = flags.DEFINE_multi_string(
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "What predict writes (out.png, the mask beside it), explain (.png), export (.safetensors, .pth) and compile (.json).",
+    "What predict (.png, the mask beside it), explain (.png), export (.safetensors, .pth, a folder) and compile (.json) write.",
 )
-_FORMAT = flags.DEFINE_string("format", "released", "Layout that export writes.")
+_FORMAT = flags.DEFINE_string(
+    "format", "released", "What export writes: the published layout, or a portable folder."
+)
 _TOPOLOGY = flags.DEFINE_list(
     "topology",
     [],

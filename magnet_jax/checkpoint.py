@@ -127,19 +127,51 @@ class Checkpointer:
 
     def _check_shapes(self, step: int, expected: dict) -> None:
         saved = self._manager.item_metadata(step)
-        differences = []
-        for item, tree in expected.items():
-            there, here = _shapes(saved[item].tree), _shapes(tree)
-            for name in sorted(there.keys() | here.keys()):
-                if there.get(name) != here.get(name):
-                    differences.append(
-                        f"{name} {there.get(name, 'absent')} instead of {here.get(name, 'absent')}"
-                    )
-        if differences:
-            raise UserError(
-                f"checkpoint '{self.directory / str(step)}' does not fit the configuration: {len(differences)} arrays "
-                f"differ: {'; '.join(differences)}; use the configuration it was trained with or another --workdir"
-            )
+        there, here = (
+            {f"{item}/{name}": shape for item, tree in items.items() for name, shape in _shapes(tree).items()}
+            for items in ({item: saved[item].tree for item in expected}, expected)
+        )
+        _compare(self.directory / str(step), there, here)
+
+
+def _compare(path: Path, there: dict[str, tuple[int, ...]], here: dict[str, tuple[int, ...]]) -> None:
+    differences = [
+        f"{name} {there.get(name, 'absent')} instead of {here.get(name, 'absent')}"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"checkpoint '{path}' does not fit the configuration: {len(differences)} arrays differ: "
+            f"{'; '.join(differences)}; use the configuration it was trained with or another --workdir"
+        )
+
+
+def save_variables(folder: Path, variables) -> None:
+    """Variables alone, to `folder/params`, without the empty collections: a checkpoint keeps nothing of those."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute() / _PARAMS, _filled(variables))
+
+
+def has_variables(folder: str | Path) -> bool:
+    """Whether `save_variables` wrote to a folder."""
+    return (Path(folder) / _PARAMS).is_dir()
+
+
+def restore_variables(folder: str | Path, shapes, shardings):
+    """What `save_variables` wrote, placed by `shardings`; raises UserError where it is not of these shapes."""
+    path, target = Path(folder).absolute() / _PARAMS, _placed(shapes, shardings)
+    with ocp.StandardCheckpointer() as checkpointer:
+        _compare(path, _shapes(checkpointer.metadata(path).item_metadata.tree), _shapes(_filled(target)))
+        found = checkpointer.restore(path, _filled(target))
+    return {name: {} for name in target} | found
+
+
+_PARAMS = "params"
+
+
+def _filled(variables) -> dict:
+    return {name: tree for name, tree in variables.items() if jax.tree.leaves(tree)}
 
 
 def _rest(state) -> dict:

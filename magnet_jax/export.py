@@ -1,4 +1,4 @@
-"""Our parameters in the published layout, so that PyTorch users can take what is trained here."""
+"""What is trained here as files for others: in the published layout for PyTorch, or as a folder for any program of JAX."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
 from magnet_jax.models.swin import relative_position_index
+from magnet_jax.portable import write_portable
 from magnet_jax.trained import load_trained
 from magnet_jax.weight_files import NOTE
 from magnet_jax.weight_names import flat_variables, to_published
 from magnet_jax.workdir import replacing
 
-FORMATS = ("released",)
+FORMATS = ("released", "portable")
 # What the published code fixes: (field of config.model, its value there).
 _PUBLISHED = {
     "magnet": (
@@ -39,14 +40,19 @@ _IMAGE = {"magnet": "image_model.", "lavt": "backbone."}
 
 
 def export(workdir: str | Path, output: str | Path, form: str, config: ConfigDict | None = None) -> None:
-    """Writes the network of a run, or of `config.init`, to `output`: a .safetensors file, or .pth where torch is.
+    """Writes the network of a run, or of `config.init`, to `output`.
 
-    A .pth file has the dictionaries of the published one, a .safetensors file LAVT's BERT inside. Warns where the
-    published code computes something else. Raises UserError for another format or ending.
+    'portable' is a folder, see `portable`; 'released' a .safetensors file, or .pth where torch is. A .pth file has the
+    dictionaries of the published one, a .safetensors file LAVT's BERT inside. Warns where the published code computes
+    something else. Raises UserError for another format or ending.
     """
     output = Path(output)
     if form not in FORMATS:
         raise UserError(f"--format is '{form}'; expected one of {', '.join(FORMATS)}")
+    if form == "portable":
+        write_portable(load_trained(workdir, config), output)
+        print(f"parameters, program, words and load.py in '{output}'")
+        return
     if output.suffix not in (".safetensors", ".pth"):
         raise UserError(f"--output is '{output}'; expected a name that ends in .safetensors or .pth")
     if output.suffix == ".pth":

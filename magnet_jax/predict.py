@@ -34,7 +34,7 @@ class Prediction:
 class Predictor:
     """Finds what sentences refer to.
 
-    >>> Predictor.from_workdir("runs/shapes").predict("scene.png", ["the red ring"])[0].mask
+    >>> Predictor.from_pretrained("runs/shapes").predict("scene.png", ["the red ring"])[0].mask
     """
 
     def __init__(self, trained: Trained):
@@ -43,9 +43,9 @@ class Predictor:
         self._logits = jax.jit(lambda variables, batch: network.apply(variables, batch).mask_logits)
 
     @classmethod
-    def from_workdir(cls, workdir: str | Path, config: ConfigDict | None = None) -> "Predictor":
-        """The network of a run directory; raises UserError where it holds none."""
-        return cls(load_trained(workdir, config))
+    def from_pretrained(cls, folder: str | Path, config: ConfigDict | None = None) -> "Predictor":
+        """The network of a run directory, or of a folder that `--format=portable` wrote; raises UserError for another."""
+        return cls(load_trained(folder, config))
 
     def predict(
         self, image: str | Path | bytes | Image.Image, texts: Sequence[str], batch_size: int = 8
@@ -110,7 +110,7 @@ def predict(
     check_texts(texts)
     output = png_output(output)
     picture = np.asarray(ops.open_image(image))  # Before the network is loaded: a wrong name shows at once.
-    predictions = Predictor.from_workdir(workdir, config).predict(image, texts)
+    predictions = Predictor.from_pretrained(workdir, config).predict(image, texts)
     for number, prediction in enumerate(predictions):
         name = output if len(predictions) == 1 else output.with_suffix(f".{number}.png")
         colour = _COLOURS[number % len(_COLOURS)]

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from input_pipeline import Tokenizer
 from magnet_jax import initial
 from magnet_jax import workdir as run_files
-from magnet_jax.checkpoint import Checkpointer
+from magnet_jax.checkpoint import Checkpointer, has_variables, restore_variables
 from magnet_jax.errors import UserError
 from magnet_jax.network import Network, build_model, build_network
 from magnet_jax.sharding import make_mesh, state_sharding
@@ -37,8 +37,9 @@ class Trained:
 def load_trained(workdir: str | Path, config: ConfigDict | None = None) -> Trained:
     """Loads the checkpoint that `config.checkpoint.load` names; the run's own configuration where none is given.
 
-    Where there is no run, the imported weights of `config.init.magnet` or `.lavt` take its place. Raises UserError where
-    there is neither, no checkpoint, or one of other shapes, and where both are there and differ.
+    A folder that `--format=portable` wrote will do as well. Where there is no run, the imported weights of
+    `config.init.magnet` or `.lavt` take its place. Raises UserError where there is neither, no checkpoint, or one of other
+    shapes, and where both are there and differ.
     """
     if config is not None and not run_files.is_run(workdir) and initial.whole_network(config):
         return _load_imported(config)
@@ -59,9 +60,12 @@ def load_trained(workdir: str | Path, config: ConfigDict | None = None) -> Train
     init = functools.partial(init_state, network, optax.identity(), config.seed, batch_shapes(config))
     shapes = jax.eval_shape(init).variables
     shardings = state_sharding(shapes, mesh, config.sharding)
-    checkpointer = Checkpointer(workdir, read_only=True)
-    variables, step = checkpointer.restore_variables(shapes, shardings, config.checkpoint.load)
-    checkpointer.close()
+    if has_variables(workdir):
+        variables, step = restore_variables(workdir, shapes, shardings), 0
+    else:
+        checkpointer = Checkpointer(workdir, read_only=True)
+        variables, step = checkpointer.restore_variables(shapes, shardings, config.checkpoint.load)
+        checkpointer.close()
     return Trained(config, network, variables, shardings, tokenizer, mesh, step)
 
 

@@ -111,7 +111,7 @@ def test_imported_weights_evaluate_and_predict_without_a_training(run, imported,
     from PIL import Image
 
     ours, theirs = (
-        Predictor.from_workdir(w, x).predict(Image.fromarray(image), ["the red ring"])[0].logits
+        Predictor.from_pretrained(w, x).predict(Image.fromarray(image), ["the red ring"])[0].logits
         for w, x in ((workdir, None), (tmp_path / "none", c))
     )
     np.testing.assert_array_equal(ours, theirs)

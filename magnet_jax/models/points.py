@@ -144,9 +144,11 @@ def _padded(value: jax.Array, levels: Levels) -> jax.Array:
     """All levels within a frame of zeros, pixel by pixel, head by head: `[B, sum((H + 2) * (W + 2)) * heads, D]`."""
     tables, start = [], 0
     for height, width in levels:
-        level = value[:, start : start + height * width].reshape(len(value), height, width, *value.shape[2:])
+        level = value[:, start : start + height * width].reshape(
+            value.shape[0], height, width, *value.shape[2:]
+        )
         level = jnp.pad(level, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
-        tables.append(level.reshape(len(value), -1, value.shape[-1]))
+        tables.append(level.reshape(value.shape[0], -1, value.shape[-1]))
         start += height * width
     return jnp.concatenate(tables, 1)
 

@@ -254,18 +254,15 @@ def _by_platform(direction: int, form: str, levels: Levels, value: jax.Array, qu
             return functools.partial(function, levels)
         return lambda *arrays: function(*arrays, levels)
 
-    if form != "auto":
+    if form not in ("auto", "anywhere"):
         return of(form)
-    own = queries == value.shape[1]
-    return lambda *arrays: jax.lax.platform_dependent(
-        *arrays,
-        cpu=of("points"),
-        tpu=of(automatic("tpu", levels, *value.shape[2:], own)),
-        default=of(automatic("cuda", levels, *value.shape[2:])),
-    )
+    by_platform = {"cpu": of("points"), "default": of(automatic("cuda", levels, *value.shape[2:]))}
+    if form == "auto":
+        by_platform["tpu"] = of(automatic("tpu", levels, *value.shape[2:], queries == value.shape[1]))
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, **by_platform)
 
 
-FORMS = ("gather", *_FORMS)
+FORMS = ("gather", *_FORMS, "anywhere")
 
 
 def sample(
@@ -282,7 +279,8 @@ def sample(
       about half of the next (ValueError); where a sample is outside its window, at run time, 'rows' instead;
     - 'rows', a point at a time, which reads one long row with all four corners;
     - 'points', a point at a time, corner by corner, for CPUs;
-    - 'auto' chooses by the platform that is compiled for and the number of pixels.
+    - 'auto' chooses by the platform that is compiled for and the number of pixels; 'anywhere' too, without a kernel, for
+      programs of several platforms.
     """
     if form == "gather":
         return sample_gather(value, x, y, weights, levels)
