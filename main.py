@@ -37,7 +37,7 @@ _TEXT = flags.DEFINE_multi_string(
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "What predict (.png, the mask beside it), explain (.png), export (.safetensors, .pth, a folder) and compile (.json) write.",
+    "What is written: by predict and explain a .png, by export a .safetensors, a .pth or a folder, by compile a .json.",
 )
 _FORMAT = flags.DEFINE_string(
     "format", "released", "What export writes: the published layout, or a portable folder."
