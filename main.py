@@ -3,6 +3,7 @@
 python main.py --config=configs/shapes.py --workdir=DIR [--config.a.b=value ...]
 python main.py --mode=eval --workdir=DIR
 python main.py --mode=predict --workdir=DIR --image=FILE --text="the red ring" --output=out.png
+python main.py --mode=predict --workdir=DIR --input=list.jsonl --output=FOLDER
 python main.py --mode=explain --workdir=DIR --image=FILE --text="the red ring" --output=words.png
 python main.py --mode=export --workdir=DIR --format=released --output=out.safetensors
 python main.py --mode=export --workdir=DIR --format=portable --output=FOLDER
@@ -31,13 +32,19 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, figures, pictures.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _IMAGE = flags.DEFINE_string("image", None, "Picture to look at.")
+_INPUT = flags.DEFINE_string(
+    "input",
+    None,
+    "Many pictures for predict: a .jsonl file with image and text in each line, or a folder and --text.",
+)
 _TEXT = flags.DEFINE_multi_string(
     "text", [], "Sentence; repeat the flag or separate by new lines for several."
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "What is written: by predict and explain a .png, by export a .safetensors, a .pth or a folder, by compile a .json.",
+    "What is written: by predict a .png (with --input a folder), explain a .png, export a .safetensors, .pth or folder, "
+    "compile a .json.",
 )
 _FORMAT = flags.DEFINE_string(
     "format", "released", "What export writes: the published layout, or a portable folder."
@@ -105,7 +112,7 @@ def run(config) -> None:
     needed = {} if _MODE.value == "compile" else {"workdir": _WORKDIR.value}
     needed |= {
         "train": {"config": config},
-        "predict": {"image": _IMAGE.value},
+        "predict": {"output": _OUTPUT.value} if _INPUT.value else {"image": _IMAGE.value},
         "explain": {"image": _IMAGE.value},
         "export": {"output": _OUTPUT.value},
         "compile": {"config": config, "topology": _TOPOLOGY.value},
@@ -174,6 +181,15 @@ def run_mode(config) -> None:
         from magnet_jax.predict import predict
 
         texts = [line for text in _TEXT.value for line in text.splitlines() or [""]]
+        if _INPUT.value and _MODE.value == "predict":
+            from magnet_jax.predict_many import predict_many
+
+            if failed := predict_many(_WORKDIR.value, _INPUT.value, texts, _OUTPUT.value, config):
+                fail(
+                    1,
+                    f"{failed} of the pictures have no prediction, see the warnings; the others are written",
+                )
+            return
         ask = explain if _MODE.value == "explain" else predict
         ask(_WORKDIR.value, _IMAGE.value, texts, _OUTPUT.value or "out.png", config)
 

@@ -107,15 +107,7 @@ def _parse(root: str) -> tuple[list[dict], list[str]]:
     if not root:
         raise DataError("config.data.root is missing; give the .jsonl file")
     path = Path(root) / NAME if Path(root).is_dir() else Path(root)
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            numbered = [(number, text) for number, text in enumerate(file, 1) if text.strip()]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; config.data.root must name a .jsonl file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a text file in UTF-8 ({error.reason})") from error
-    if not numbered:
-        raise DataError(f"{path}: empty; a line for each object is needed")
+    numbered = _numbered(path)
     lines, wrong = [], []
     for number, text in numbered:
         try:
@@ -125,23 +117,61 @@ def _parse(root: str) -> tuple[list[dict], list[str]]:
     return lines, wrong
 
 
-def _line(path: Path, number: int, text: str) -> dict:
-    where = f"{path}, line {number}"
+def _numbered(path: Path) -> list[tuple[int, str]]:
+    """The lines that say something, with their numbers."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            numbered = [(number, text) for number, text in enumerate(file, 1) if text.strip()]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; a .jsonl file is needed") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a text file in UTF-8 ({error.reason})") from error
+    if not numbered:
+        raise DataError(f"{path}: empty; a line for each object is needed")
+    return numbered
+
+
+def read_questions(path: str | Path) -> list[tuple[Path, str]]:
+    """Pictures and sentences of a file whose lines need no masks, in its order: `{"image": path, "text": str | [str]}`.
+
+    Raises DataError, with the number of the line, for anything else.
+    """
+    path, found = Path(path), []
+    for number, text in _numbered(path):
+        where = f"{path}, line {number}"
+        line = _object(text, where)
+        image = inside(path, line.get("image"), "image", where)
+        found += [(image, sentence) for sentence in _sentences(line, where)]
+    return found
+
+
+def _object(text: str, where: str) -> dict:
     try:
         line = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from error
     if not isinstance(line, dict):
         raise DataError(f"{where}: expected an object {{...}}, found {text.strip()[:40]}")
-    shapes = [name for name in _SHAPES if name in line]
-    if len(shapes) != 1:
-        raise DataError(f"{where}: expected one of {', '.join(_SHAPES)}, found {', '.join(shapes) or 'none'}")
-    shape = line[shapes[0]]
+    return line
+
+
+def _sentences(line: dict, where: str) -> list[str]:
     sentences = [line["text"]] if isinstance(line.get("text"), str) else line.get("text")
     if not isinstance(sentences, list) or not sentences or not all(isinstance(s, str) for s in sentences):
         raise DataError(
             f"{where}: 'text' must be a sentence or a list of them, found {line.get('text')!r:.40}"
         )
+    return sentences
+
+
+def _line(path: Path, number: int, text: str) -> dict:
+    where = f"{path}, line {number}"
+    line = _object(text, where)
+    shapes = [name for name in _SHAPES if name in line]
+    if len(shapes) != 1:
+        raise DataError(f"{where}: expected one of {', '.join(_SHAPES)}, found {', '.join(shapes) or 'none'}")
+    shape = line[shapes[0]]
+    sentences = _sentences(line, where)
     kinds = line.get("type", "")
     kinds = [kinds] * len(sentences) if isinstance(kinds, str) else kinds
     if not isinstance(kinds, list) or len(kinds) != len(sentences):
@@ -151,8 +181,8 @@ def _line(path: Path, number: int, text: str) -> dict:
     if not isinstance(line.get("split", ""), str):
         raise DataError(f"{where}: 'split' must be a word, found {line['split']!r:.40}")
     return {
-        "image": str(_inside(path, line.get("image"), "image", where)),
-        "shape": _inside(path, shape, "mask", where) if shapes[0] == "mask" else shape,
+        "image": str(inside(path, line.get("image"), "image", where)),
+        "shape": inside(path, shape, "mask", where) if shapes[0] == "mask" else shape,
         "text": sentences,
         "type": [str(kind) for kind in kinds],
         "split": line.get("split") or "train",
@@ -160,7 +190,7 @@ def _line(path: Path, number: int, text: str) -> dict:
     }
 
 
-def _inside(path: Path, name: Any, key: str, where: str) -> Path:
+def inside(path: Path, name: Any, key: str, where: str) -> Path:
     """A path of a line as an absolute one, which must stay in the folder of the file."""
     if not isinstance(name, str) or not name:
         raise DataError(f"{where}: '{key}' must be a path, found {name!r:.40}")

@@ -92,6 +92,25 @@ class Predictor:
                     found[number].append(_prediction(text, upsample(small, (image.height, image.width))))
         return found
 
+    def predict_pairs(
+        self, pairs: Iterable[tuple[Image.Image, str]], batch_size: int = 8
+    ) -> Iterator[Prediction]:
+        """What each sentence refers to in its image, `batch_size` pairs at a time; for many of both.
+
+        Raises and warns as `predict`.
+        """
+        pairs, side = iter(pairs), self.trained.config.data.image_size
+        while some := list(itertools.islice(pairs, batch_size)):
+            images, texts = zip(*some, strict=True)
+            ids, words = self._encode(texts)
+            # Always as many, for one program: what is missing is repeated, and its result left.
+            rows = np.minimum(np.arange(batch_size), len(some) - 1)
+            pixels = np.stack([ops.prepare_image(image, (side, side)) for image in images])
+            batch = {"image": pixels[rows], "text_ids": ids[rows], "text_mask": words[rows]}
+            logits = np.asarray(self._logits(self.trained.variables, batch))
+            for image, text, small in zip(images, texts, logits[: len(some)], strict=True):
+                yield _prediction(text, upsample(small, (image.height, image.width)))
+
     def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         tokenizer = self.trained.tokenizer
         ids, words, cut = tokenizer.encode(texts)

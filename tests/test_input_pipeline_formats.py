@@ -235,7 +235,7 @@ def test_masks_are_read_when_they_are_asked_for(tmp_path):
     (tmp_path / "mask.png").unlink()
     with pytest.raises(DataError, match=r"mask.png: not a readable mask"):
         _ = records[0].segmentation
-    with pytest.raises(DataError, match="no such file; config.data.root must name a .jsonl file"):
+    with pytest.raises(DataError, match="no such file; a .jsonl file is needed"):
         load(tmp_path / "other.jsonl")
     with pytest.raises(DataError, match="config.data.root is missing"):
         input_pipeline.load("jsonl", "train")

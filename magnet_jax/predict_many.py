@@ -1,0 +1,148 @@
+"""Prediction of many pictures: a list or a folder in, masks and one line of JSON each out; goes on where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+from tqdm import tqdm
+
+from input_pipeline import DataError, masks, ops
+from input_pipeline.jsonl import read_questions
+from magnet_jax import visualize
+from magnet_jax.errors import UserError
+from magnet_jax.predict import Prediction, Predictor, check_texts
+from magnet_jax.trained import Trained
+from magnet_jax.workdir import write_atomically, write_json
+
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_RESULTS, _ABOUT = "results.jsonl", "about.json"
+
+
+def read_input(source: str | Path, texts: Sequence[str]) -> list[tuple[Path, str]]:
+    """Pictures and sentences: of a .jsonl file its own, of a folder every picture in it with each of `texts`.
+
+    Raises UserError or DataError where there is nothing to do.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        if texts:
+            raise UserError(
+                "--text and a list that has sentences of its own; leave --text away, or give a folder as --input"
+            )
+        return read_questions(source)
+    check_texts(texts)
+    images = sorted(path for path in source.iterdir() if path.suffix.lower() in _ENDINGS)
+    if not images:
+        raise UserError(f"--input is '{source}', which has no picture ({', '.join(_ENDINGS)})")
+    return [(image, text) for image in images for text in texts]
+
+
+def fingerprint(trained: Trained) -> str:
+    """Of a network and its parameters."""
+    found = hashlib.sha256(json.dumps(trained.config.model.to_dict(), sort_keys=True).encode())
+    for leaf in jax.tree.leaves(trained.variables):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()[:16]
+
+
+def predict_many(
+    workdir: str,
+    source: str,
+    texts: Sequence[str],
+    output: str,
+    config: ConfigDict | None = None,
+    batch_size: int = 8,
+) -> int:
+    """Writes `output/results.jsonl`, a line for each pair in order, and `output/masks/NUMBER.png`; returns how many failed.
+
+    A line has image, text, score, area (share of the picture) and the mask as COCO's RLE, or the reason why the picture
+    could not be read. The same command goes on where a former one ended. Raises UserError where `output` is of another
+    network or another list.
+    """
+    pairs, folder = read_input(source, texts), Path(output)
+    predictor = Predictor.from_pretrained(workdir, config)
+    listed = hashlib.sha256(json.dumps([(str(image), text) for image, text in pairs]).encode()).hexdigest()[
+        :16
+    ]
+    about = {"network": fingerprint(predictor.trained), "list": listed}
+    file = folder / _ABOUT
+    if not file.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--output is '{folder}', which has other files; give a folder that is new")
+        write_json(file, about)
+    there = json.loads(file.read_text())
+    for what, value in about.items():
+        if there.get(what) != value:
+            raise UserError(f"'{folder}' has predictions of another {what}; give another --output")
+    results = folder / _RESULTS
+    done = _whole_lines(results)
+    if done:
+        print(f"{len(done)} of {len(pairs)} are there already", flush=True)
+    failed = sum("error" in line for line in done)
+    with results.open("a", encoding="utf-8") as lines:
+        found = _answers(predictor, pairs[len(done) :], batch_size)
+        for number, (image, text, answer) in enumerate(
+            tqdm(found, "predicting", len(pairs), initial=len(done), unit=" pairs", delay=5), len(done)
+        ):
+            line: dict[str, Any] = {"number": number, "image": image.name, "text": text}
+            if isinstance(answer, Prediction):
+                name = f"masks/{number:06d}.png"
+                write_atomically(folder / name, visualize.encode_png(answer.mask.astype(np.uint8) * 255))
+                rle = masks.encode(answer.mask.astype(np.uint8))
+                counts = rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"]
+                rle = {"size": list(map(int, rle["size"])), "counts": counts}
+                line |= {"score": answer.score, "area": float(answer.mask.mean()), "mask": name, "rle": rle}
+            else:
+                failed += 1
+                line["error"] = str(answer)
+                print(f"warning: {answer}", file=sys.stderr)
+            lines.write(json.dumps(line) + "\n")
+            lines.flush()
+    print(f"{len(pairs)} predictions in '{results}'" + (f", {failed} of them failed" if failed else ""))
+    return failed
+
+
+def _answers(
+    predictor: Predictor, pairs: Sequence[tuple[Path, str]], batch_size: int
+) -> Iterator[tuple[Path, str, Prediction | DataError]]:
+    """Of each pair in order its prediction, or why there is none."""
+    for start in range(0, len(pairs), batch_size):
+        some = pairs[start : start + batch_size]
+        opened = [_opened(image, text) for image, text in some]
+        whole = [
+            (image, text)
+            for image, (_, text) in zip(opened, some, strict=True)
+            if isinstance(image, Image.Image)
+        ]
+        predictions = iter(predictor.predict_pairs(whole, batch_size))
+        for image, (path, text) in zip(opened, some, strict=True):
+            yield path, text, image if isinstance(image, DataError) else next(predictions)
+
+
+def _opened(image: Path, text: str) -> Image.Image | DataError:
+    try:
+        if not text.strip():
+            raise DataError(f"{image}: the sentence is empty; write what to look for")
+        return ops.open_image(image)
+    except DataError as error:
+        return error
+
+
+def _whole_lines(path: Path) -> list[dict]:
+    """What a former run wrote; a last line that was being written when it was killed is cut off."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        write_atomically(path, whole)
+    return [json.loads(line) for line in whole.splitlines()]
