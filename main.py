@@ -5,6 +5,7 @@ python main.py --mode=eval --workdir=DIR
 python main.py --mode=predict --workdir=DIR --image=FILE --text="the red ring" --output=out.png
 python main.py --mode=predict --workdir=DIR --input=list.jsonl --output=FOLDER
 python main.py --mode=explain --workdir=DIR --image=FILE --text="the red ring" --output=words.png
+python main.py --mode=demo --workdir=DIR [--port=7860]
 python main.py --mode=export --workdir=DIR --format=released --output=out.safetensors
 python main.py --mode=export --workdir=DIR --format=portable --output=FOLDER
 python main.py --mode=compile --config=configs/refcoco.py --topology=v5e:4x4,h100:8 [--output=report.json]
@@ -25,7 +26,7 @@ from ml_collections import config_flags
 
 from magnet_jax.errors import config_error
 
-MODES = ("train", "eval", "predict", "explain", "export", "compile", "benchmark")
+MODES = ("train", "eval", "predict", "explain", "demo", "export", "compile", "benchmark")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, e.g. configs/shapes.py; needed to train."
 )
@@ -46,6 +47,8 @@ _OUTPUT = flags.DEFINE_string(
     "What is written: by predict a .png (with --input a folder), explain a .png, export a .safetensors, .pth or folder, "
     "compile a .json.",
 )
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Where demo listens; 0.0.0.0 lets other machines in.")
+_PORT = flags.DEFINE_integer("port", 7860, "Port of demo.", lower_bound=1, upper_bound=65535)
 _FORMAT = flags.DEFINE_string(
     "format", "released", "What export writes: the published layout, or a portable folder."
 )
@@ -171,6 +174,10 @@ def run_mode(config) -> None:
         from magnet_jax.export import export
 
         export(_WORKDIR.value, _OUTPUT.value, _FORMAT.value, config)
+    elif _MODE.value == "demo":
+        from magnet_jax.demo import demo
+
+        demo(_WORKDIR.value, _HOST.value, _PORT.value, config)
     elif _MODE.value == "benchmark":
         from magnet_jax.benchmark import benchmark
         from magnet_jax.programs import STEPS
