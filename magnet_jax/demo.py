@@ -1,5 +1,6 @@
 """A page to try a network on pictures: masks of sentences in colour, and the map of each word."""
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from input_pipeline import DataError, ops
 from magnet_jax import visualize
 from magnet_jax.errors import UserError
 from magnet_jax.explain import Explainer
-from magnet_jax.predict import Prediction
+from magnet_jax.predict import Prediction, in_words
 from magnet_jax.trained import Trained, load_trained
 
 # What the page accepts.
@@ -101,7 +102,7 @@ def heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
 def masks_at(predictions: Sequence[Prediction], threshold: float) -> list[np.ndarray]:
     """Masks bool [H, W] of pixels that are more probable than the threshold."""
     logit = np.log(threshold / (1 - threshold))
-    return [prediction.logits > logit for prediction in predictions]
+    return [(p.logits > logit) & (p.present is None or p.present >= 0.5) for p in predictions]
 
 
 def write_files(
@@ -122,11 +123,8 @@ def write_files(
 
 def table(predictions: Sequence[Prediction], masks: Sequence[np.ndarray]) -> str:
     """The answers in words: a line for each."""
-    lines = []
-    for prediction, mask in zip(predictions, masks, strict=True):
-        share = f"{100 * mask.mean():.1f} % of the picture" if mask.any() else "nothing found"
-        lines.append(f"- {prediction.text}: {share}, score {prediction.score:.2f}")
-    return "\n".join(lines)
+    shown = [dataclasses.replace(p, mask=mask) for p, mask in zip(predictions, masks, strict=True)]
+    return "\n".join(f"- {prediction.text}: {in_words(prediction)}" for prediction in shown)
 
 
 def example_pictures(config: ConfigDict, count: int = 4) -> list[Image.Image]:

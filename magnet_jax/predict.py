@@ -16,6 +16,7 @@ from magnet_jax import visualize
 from magnet_jax import workdir as run_files
 from magnet_jax.errors import UserError
 from magnet_jax.evaluate import upsample
+from magnet_jax.models import Output
 from magnet_jax.trained import Trained, load_trained
 
 _COLOURS = ((230, 60, 40), (40, 110, 230), (40, 170, 70), (210, 140, 20), (150, 60, 200), (20, 170, 180))
@@ -23,12 +24,17 @@ _COLOURS = ((230, 60, 40), (40, 110, 230), (40, 170, 70), (210, 140, 20), (150, 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a sentence refers to in an image of H x W pixels."""
+    """What a sentence refers to in an image of H x W pixels.
+
+    `present` is the probability that it refers to anything there; None of a network that was trained without sentences that
+    do not, and so always finds something. Below a half the mask is empty.
+    """
 
     text: str
     mask: np.ndarray  # bool [H, W]
     logits: np.ndarray  # float32 [H, W]
     score: float  # Mean probability inside the mask; 0 where it is empty.
+    present: float | None = None
 
 
 class Predictor:
@@ -40,7 +46,9 @@ class Predictor:
     def __init__(self, trained: Trained):
         self.trained = trained
         network = trained.network.with_closed_gates(trained.variables)
-        self._logits = jax.jit(lambda variables, batch: network.apply(variables, batch).mask_logits)
+        self._output = jax.jit(
+            lambda variables, batch: _of_answers(network.apply(variables, batch), trained.knows_absence)
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, config: ConfigDict | None = None) -> "Predictor":
@@ -85,11 +93,10 @@ class Predictor:
             rows = np.minimum(np.arange(start, start + at_once), len(texts) - 1)
             pairs = np.indices((together, at_once)).reshape(2, -1)
             batch = {"image": pixels, "text_ids": ids[rows], "text_mask": words[rows], "pairs": pairs}
-            logits = np.asarray(self._logits(self.trained.variables, batch))
-            for (number, column), small in zip(pairs.T, logits, strict=True):
+            answers = self._answers(batch)
+            for (number, column), answer in zip(pairs.T, answers, strict=True):
                 if number < len(images) and start + column < len(texts):
-                    image, text = images[number], texts[start + column]
-                    found[number].append(_prediction(text, upsample(small, (image.height, image.width))))
+                    found[number].append(_prediction(images[number], texts[start + column], *answer))
         return found
 
     def predict_pairs(
@@ -107,9 +114,14 @@ class Predictor:
             rows = np.minimum(np.arange(batch_size), len(some) - 1)
             pixels = np.stack([ops.prepare_image(image, (side, side)) for image in images])
             batch = {"image": pixels[rows], "text_ids": ids[rows], "text_mask": words[rows]}
-            logits = np.asarray(self._logits(self.trained.variables, batch))
-            for image, text, small in zip(images, texts, logits[: len(some)], strict=True):
-                yield _prediction(text, upsample(small, (image.height, image.width)))
+            answers = itertools.islice(self._answers(batch), len(some))
+            for image, text, answer in zip(images, texts, answers, strict=True):
+                yield _prediction(image, text, *answer)
+
+    def _answers(self, batch: dict[str, np.ndarray]) -> Iterator[tuple[np.ndarray, float | None]]:
+        """Of each pair the logits `[h, w]`, and the probability that there is something."""
+        logits, present = jax.device_get(self._output(self.trained.variables, batch))
+        return zip(logits, [None] * len(logits) if present is None else present.tolist(), strict=True)
 
     def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         tokenizer = self.trained.tokenizer
@@ -138,10 +150,16 @@ def predict(
         )
         mask_name = name.with_suffix(".mask.png")
         run_files.write_atomically(mask_name, visualize.encode_png(prediction.mask.astype(np.uint8) * 255))
-        share = 100 * prediction.mask.mean()
-        print(
-            f"'{prediction.text}': {share:.1f} % of the image, score {prediction.score:.2f}, {name} and {mask_name}"
-        )
+        print(f"'{prediction.text}': {in_words(prediction)}, {name} and {mask_name}")
+
+
+def in_words(prediction: Prediction) -> str:
+    """What was found, as a line says it."""
+    if prediction.present is not None and prediction.present < 0.5:
+        return f"no such object (probability of one {prediction.present:.2f})"
+    if not prediction.mask.any():
+        return "nothing found"
+    return f"{100 * prediction.mask.mean():.1f} % of the image, score {prediction.score:.2f}"
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -160,10 +178,16 @@ def png_output(output: str) -> Path:
     return path
 
 
-def _prediction(text: str, logits: np.ndarray) -> Prediction:
-    mask = logits > 0
+def _of_answers(output: Output, knows_absence: bool) -> tuple[jax.Array, jax.Array | None]:
+    known = knows_absence and output.class_logits is not None
+    return output.mask_logits, jax.nn.softmax(output.class_logits)[:, 1] if known else None
+
+
+def _prediction(image: Image.Image, text: str, small: np.ndarray, present: float | None) -> Prediction:
+    logits = upsample(small, (image.height, image.width))
+    mask = (logits > 0) & (present is None or present >= 0.5)
     probability = 1 / (1 + np.exp(-logits[mask]))
-    return Prediction(text, mask, logits, float(probability.mean()) if mask.any() else 0.0)
+    return Prediction(text, mask, logits, float(probability.mean()) if mask.any() else 0.0, present)
 
 
 def _warn(line: str) -> None:

@@ -100,6 +100,8 @@ def predict_many(
                 rle = masks.encode(answer.mask.astype(np.uint8))
                 counts = rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"]
                 rle = {"size": list(map(int, rle["size"])), "counts": counts}
+                if answer.present is not None:
+                    line["present"] = answer.present
                 line |= {"score": answer.score, "area": float(answer.mask.mean()), "mask": name, "rle": rle}
             else:
                 failed += 1

@@ -33,6 +33,15 @@ class Trained:
     mesh: Mesh
     step: int
 
+    @property
+    def knows_absence(self) -> bool:
+        """Whether training showed sentences that mean nothing in their picture, so that the class head can tell them."""
+        data, loss = self.config.data, self.config.loss
+        shown = data.source == "grefcoco" or (
+            data.source == "shapes" and data.options.get("generalised", False)
+        )
+        return bool(shown and loss.class_)
+
 
 def load_trained(workdir: str | Path, config: ConfigDict | None = None) -> Trained:
     """Loads the checkpoint that `config.checkpoint.load` names; the run's own configuration where none is given.

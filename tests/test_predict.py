@@ -11,7 +11,7 @@ from PIL import Image
 
 from configs import debug
 from magnet_jax.network import build_network
-from magnet_jax.predict import Predictor
+from magnet_jax.predict import Predictor, in_words
 from magnet_jax.programs import count_flops
 from magnet_jax.sharding import make_mesh
 from magnet_jax.trained import Trained, batch_shapes, prepare
@@ -134,9 +134,9 @@ def test_predictions_of_several_images_equal_those_of_each(name, texts):
 def test_one_sentence_is_one_row():
     """Whatever the batch size: nothing is computed that nobody asked for."""
     predictor, (image, *_) = Predictor(trained()), pictures(1)
-    with mock.patch.object(predictor, "_logits", wraps=predictor._logits) as logits:
+    with mock.patch.object(predictor, "_output", wraps=predictor._output) as output:
         predictor.predict(image, TEXTS[:1])
-        batch = logits.call_args.args[1]
+        batch = output.call_args.args[1]
     assert [len(batch[key]) for key in ("image", "text_ids")] == [1, 1]
     with pytest.raises(ValueError, match="texts is empty"):
         predictor.predict(image, [])
@@ -149,3 +149,25 @@ def test_more_sentences_than_a_batch():
     assert [prediction.text for prediction in found] == texts[:5]
     np.testing.assert_allclose(found[4].logits, predictor.predict(image, texts[4:5])[0].logits, atol=1e-4)
     assert np.abs(found[3].logits - found[4].logits).max() > 1e-4
+
+
+@pytest.mark.parametrize("shift", [-50.0, 50.0])
+def test_a_network_that_knows_absence_says_so(shift):
+    """Its class head is asked, whose second output is that something is there; another network's is not."""
+    always = trained()
+    config = always.config.copy_and_resolve_references()
+    config.data.options.generalised = True
+    params = jax.tree.map(np.copy, always.variables)
+    head = params["params"]["model"]["predictor"]["class"]
+    head["bias"] = head["bias"] + np.array([0, shift], np.float32)
+    knows = dataclasses.replace(always, config=config, variables=params)
+    assert knows.knows_absence
+    assert not always.knows_absence
+    image = pictures(1)[0]
+    found, plain = (Predictor(t).predict(image, TEXTS[:1])[0] for t in (knows, always))
+    assert plain.present is None
+    np.testing.assert_allclose(found.logits, plain.logits, atol=1e-5)
+    assert found.present == pytest.approx(float(shift > 0), abs=1e-3)
+    assert found.mask.any() == (shift > 0 and plain.mask.any())
+    assert in_words(found).startswith("no such object") == (shift < 0)
+    assert "no such object" not in in_words(plain)
