@@ -4,6 +4,7 @@ import io
 import pathlib
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -20,7 +21,9 @@ def off_by(a, b):
 @pytest.mark.parametrize("name", ["landscape", "portrait", "upscale"])
 def test_fixture(name):
     image, mask = FIXTURE[f"{name}_image"], FIXTURE[f"{name}_mask"]
-    assert np.array_equal(ops.prepare_image(Image.fromarray(image), (96, 96)), FIXTURE[f"{name}_image_96"])
+    # Pillow rounds otherwise before 13, with which the numbers were made: by one, of 255, in 4 % of one of these pictures.
+    off = worst(ops.prepare_image(Image.fromarray(image), (96, 96)), FIXTURE[f"{name}_image_96"])
+    assert off <= (0 if int(PIL.__version__.split(".")[0]) >= 13 else 1)
     assert np.array_equal(masks.resize_nearest(mask, (96, 96)), FIXTURE[f"{name}_mask_96"])
 
 
