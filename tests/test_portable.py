@@ -15,7 +15,7 @@ from magnet_jax.predict import Predictor
 from tests.test_predict import TEXTS, pictures, trained
 
 
-@pytest.fixture(scope="module", params=["magnet", "lavt"])
+@pytest.fixture(scope="module", params=[pytest.param("magnet", marks=pytest.mark.slow), "lavt"])
 def exported(request, tmp_path_factory):
     """The network, and its folder."""
     found = trained(request.param)
@@ -29,15 +29,16 @@ def test_program_gives_what_the_network_gives(exported):
     program = jax.export.deserialize(bytearray((folder / "network.stablehlo").read_bytes()))
     assert set(program.platforms) == {"cpu", "cuda", "tpu"}
     rng, side = np.random.default_rng(0), network.config.data.image_size
+    images = rng.integers(0, 256, (3, side, side, 3)).astype(np.uint8)
+    ids, mask, _ = network.tokenizer.encode(TEXTS)
+    expected = jax.jit(network.network.apply)(
+        network.variables, {"image": images, "text_ids": ids, "text_mask": mask}
+    )
     for count in (1, 3):  # Any number of pairs.
-        images = rng.integers(0, 256, (count, side, side, 3)).astype(np.uint8)
-        ids, mask, _ = network.tokenizer.encode(TEXTS[:count])
-        found = program.call(network.variables, images, ids, mask)
-        batch = {"image": images, "text_ids": ids, "text_mask": mask}
-        expected = jax.jit(network.network.apply)(network.variables, batch)
+        found = program.call(network.variables, images[:count], ids[:count], mask[:count])
         assert ("class_logits" in found) == (expected.class_logits is not None)
         for name, logits in found.items():
-            wanted = getattr(expected, name)
+            wanted = getattr(expected, name)[:count]
             assert logits.shape[0] == count
             np.testing.assert_allclose(logits, wanted, atol=1e-5 * np.abs(wanted).max())
 
