@@ -140,7 +140,7 @@ def read_questions(path: str | Path) -> list[tuple[Path, str]]:
     for number, text in _numbered(path):
         where = f"{path}, line {number}"
         line = _object(text, where)
-        image = inside(path, line.get("image"), "image", where)
+        image = _inside(path, line.get("image"), "image", where)
         found += [(image, sentence) for sentence in _sentences(line, where)]
     return found
 
@@ -181,8 +181,8 @@ def _line(path: Path, number: int, text: str) -> dict:
     if not isinstance(line.get("split", ""), str):
         raise DataError(f"{where}: 'split' must be a word, found {line['split']!r:.40}")
     return {
-        "image": str(inside(path, line.get("image"), "image", where)),
-        "shape": inside(path, shape, "mask", where) if shapes[0] == "mask" else shape,
+        "image": str(_inside(path, line.get("image"), "image", where)),
+        "shape": _inside(path, shape, "mask", where) if shapes[0] == "mask" else shape,
         "text": sentences,
         "type": [str(kind) for kind in kinds],
         "split": line.get("split") or "train",
@@ -190,7 +190,7 @@ def _line(path: Path, number: int, text: str) -> dict:
     }
 
 
-def inside(path: Path, name: Any, key: str, where: str) -> Path:
+def _inside(path: Path, name: Any, key: str, where: str) -> Path:
     """A path of a line as an absolute one, which must stay in the folder of the file."""
     if not isinstance(name, str) or not name:
         raise DataError(f"{where}: '{key}' must be a path, found {name!r:.40}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 from jax import export
+from ml_collections import ConfigDict
 
 from magnet_jax import workdir as run_files
 from magnet_jax.checkpoint import save_variables
@@ -63,9 +64,21 @@ def write_portable(trained: Trained, folder: str | Path) -> None:
         made.mkdir()
         (made / _PROGRAM).write_bytes(program_of(trained).serialize())
         save_variables(made, jax.device_get(trained.variables))
-        run_files.save_config(made, trained.config)
+        run_files.save_config(made, _own_config(trained))
         trained.tokenizer.save(made / "tokenizer")
         shutil.copy(_EXAMPLE, made / "load.py")
         made.rename(folder)
     finally:
         shutil.rmtree(temporary)
+
+
+def _own_config(trained: Trained) -> ConfigDict:
+    """The configuration of what is in the folder: no weights to start from, no losses whose heads are not there."""
+    config, network = trained.config.copy_and_resolve_references(), trained.network
+    for kind in config.init:
+        config.init[kind] = ""
+    if network.grounding is None:
+        config.loss.grounding = 0.0
+    if network.text_projection is None and not network.model.has_text_embedding:
+        config.loss.alignment = 0.0
+    return config

@@ -36,7 +36,7 @@ def read_input(source: str | Path, texts: Sequence[str]) -> list[tuple[Path, str
     if not source.is_dir():
         if texts:
             raise UserError(
-                "--text and a list that has sentences of its own; leave --text away, or give a folder as --input"
+                "--input is a list with sentences of its own; leave --text away, or give a folder"
             )
         return read_questions(source)
     check_texts(texts)

@@ -19,7 +19,7 @@ import input_pipeline
 from input_pipeline import Augmentation, Loader
 from magnet_jax import visualize
 from magnet_jax import workdir as run_files
-from magnet_jax.checkpoint import Checkpointer
+from magnet_jax.checkpoint import Checkpointer, has_variables
 from magnet_jax.compile_cache import keep_compiled
 from magnet_jax.errors import UserError
 from magnet_jax.evaluate import Evaluator, check_batch_size, csv_path
@@ -42,6 +42,10 @@ def train(config: ConfigDict, workdir: str) -> dict:
     """
     # ------------------------------------------------------------------------------------------------ run directory
     workdir = Path(workdir)
+    if has_variables(workdir):
+        raise UserError(
+            f"'{workdir}' holds an exported network, which is not trained on; give another --workdir"
+        )
     first_process = jax.process_index() == 0
     own = run_files.load_config(workdir) if run_files.is_run(workdir) else None
     wait_for_all("looked for a run")  # Before the first process makes one.

@@ -1,5 +1,6 @@
 """A network as a folder: others run it as it is, and this project as before."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from PIL import Image
 
 from magnet_jax import portable
 from magnet_jax.errors import UserError
+from magnet_jax.network import Network
 from magnet_jax.predict import Predictor
+from magnet_jax.train import train
+from magnet_jax.trained import load_trained
 from tests.test_predict import TEXTS, pictures, trained
 
 
@@ -102,3 +106,23 @@ def test_parameters_of_another_network_are_refused(exported):
             Predictor.from_pretrained(folder)
     finally:
         file.write_text(text)
+
+
+def test_a_network_without_heads_for_training_comes_back(tmp_path):
+    """As imported weights are: their configuration names losses, and where they came from."""
+    network = trained("lavt")
+    config = network.config.copy_and_resolve_references()
+    config.loss.grounding = config.loss.alignment = 1.0
+    config.init.lavt = "weights/lavt"
+    alone = dataclasses.replace(
+        network,
+        config=config,
+        network=Network(network.network.model),
+        variables=network.variables | {"params": {"model": network.variables["params"]["model"]}},
+    )
+    portable.write_portable(alone, tmp_path / "net")
+    found = load_trained(tmp_path / "net")
+    assert found.config.init.lavt == ""
+    jax.tree.map(np.testing.assert_array_equal, found.variables, alone.variables)
+    with pytest.raises(UserError, match="holds an exported network"):
+        train(found.config, tmp_path / "net")
