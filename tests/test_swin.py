@@ -8,11 +8,9 @@ import pytest
 from configs import debug
 from magnet_jax.errors import UserError
 from magnet_jax.models.layers import Remat, path_scales, sine_position
+from magnet_jax.models.patches import PatchEmbed, PatchMerging, PatchProjection
 from magnet_jax.models.swin import (
     ATTENTION_FORMS,
-    PatchEmbed,
-    PatchMerging,
-    PatchProjection,
     Swin,
     SwinBlock,
     SwinStage,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -79,3 +80,13 @@ def pad_rows(array: jax.Array) -> jax.Array:
     """`[B, N, C]` with zeros up to the next multiple of TILE rows."""
     missing = -array.shape[1] % TILE
     return jnp.pad(array, ((0, 0), (0, missing), (0, 0))) if missing else array
+
+
+def into_rows(x: jax.Array) -> jax.Array:
+    """Pixels as rows, and as many of zeros after them as make a multiple of TILE: `[B, H, W, C] -> [B, rows, C]`."""
+    return pad_rows(x.reshape(x.shape[0], -1, x.shape[-1]))
+
+
+def from_rows(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """The way back: `[B, rows, C] -> [B, H, W, C]`."""
+    return x[:, : math.prod(size)].reshape(x.shape[0], *size, x.shape[-1])
