@@ -1,6 +1,6 @@
 """Every field with its default: the released MagNet's sizes and recipe. Experiments change what they need."""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -22,6 +22,9 @@ def get_config() -> ConfigDict:
     data.image_size = 480  # Side that images are squashed to, pixels.
     data.max_words = 20  # Tokens per sentence, [CLS] and [SEP] included; longer ones are cut.
     data.vocab = "shapes"  # 'shapes', a vocab.txt, or a directory with tokenizer files.
+    # Whether some sentences to train on mean nothing in their picture, so that the network learns to say so; training
+    # looks, where this is left open.
+    data.has_absent = config_dict.placeholder(bool)
     data.sentences = "one"  # Per epoch, of each object: 'one' sentence (as published) or 'all'.
     data.batch_size = 32  # Examples per step over all devices.
     data.augment = augment = ConfigDict()  # Of training examples; off as in the papers.

@@ -6,16 +6,19 @@ import io
 import os
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from input_pipeline.records import DataError
 
 
-def open_image(image: Image.Image | str | os.PathLike | bytes, name: str = "") -> Image.Image:
+def open_image(
+    image: Image.Image | str | os.PathLike | bytes, name: str = "", upright: bool = False
+) -> Image.Image:
     """One image in RGB, whole in memory; EXIF orientation is ignored, as the annotations want it.
 
-    Of 16-bit grey the upper eight bits are taken. Args: name: what errors call it; by default its path. Raises DataError
-    where it is missing or is not a whole, readable image.
+    Of 16-bit grey the upper eight bits are taken. Args: name: what errors call it; by default its path. upright: turn a
+    photograph as its EXIF orientation says, for people to look at. Raises DataError where it is missing or is not a whole,
+    readable image.
     """
     if isinstance(image, Image.Image):
         return _to_rgb(image)
@@ -25,7 +28,7 @@ def open_image(image: Image.Image | str | os.PathLike | bytes, name: str = "") -
             if opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{opened.width}x{opened.height} pixels are more than anyone's picture has")
             opened.load()
-            return _to_rgb(opened)
+            return _to_rgb(ImageOps.exif_transpose(opened) if upright else opened)
     except FileNotFoundError:
         raise DataError(f"{name}: no such file; give the path of a PNG or JPEG image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

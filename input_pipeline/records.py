@@ -113,6 +113,11 @@ class Records(Sequence[Record]):
         """Row in `images` of every expression, int64 [N]."""
         return self.object_images[self.objects]
 
+    @property
+    def has_absent(self) -> bool:
+        """Whether any expression means nothing in its picture."""
+        return any(self.segmentations[row] == [] for row in np.unique(self.objects))
+
     def select(self, rows: Sequence[int] | np.ndarray) -> Records:
         """The expressions of the given rows, in that order."""
         rows = np.asarray(rows, np.int64)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
+from PIL import Image
 
 import input_pipeline
 from input_pipeline import DataError, ops
@@ -29,10 +29,7 @@ def read_picture(path: str | Path) -> Image.Image:
 
     Raises DataError for what is no picture.
     """
-    path = Path(path)
-    ops.open_image(path, "the file")  # Refuses what is too large or not a picture at all.
-    with Image.open(path) as opened:
-        picture = ops.open_image(ImageOps.exif_transpose(opened))
+    picture = ops.open_image(path, "the file", upright=True)
     picture.thumbnail((_SIDE, _SIDE))
     return picture
 

@@ -57,7 +57,7 @@ class Explainer:
 
     def explain(self, image: Any, text: str) -> Explanation:
         """Raises and warns as `Predictor.predict`, for the same kinds of image."""
-        picture = ops.open_image(image)
+        picture = ops.open_image(image, upright=True)
         size, side = (picture.height, picture.width), self.trained.config.data.image_size
         mask = self.predictor.predict(picture, [text])[0].mask
         tokenizer = self.trained.tokenizer
@@ -177,7 +177,7 @@ def explain(
     """Writes for every sentence a figure to `output`, and beside it the guesses as JSON; numbered for several."""
     check_texts(texts)
     path = png_output(output)
-    picture = np.asarray(ops.open_image(image))
+    picture = ops.open_image(image, upright=True)
     explainer = Explainer(load_trained(workdir, config))
     if explainer.trained.network.grounding is None:
         print("note: the network was trained without Mask Grounding and guesses no words", flush=True)
@@ -186,9 +186,9 @@ def explain(
             "note: it was trained without the alignment loss, which makes pixels similar to words", flush=True
         )
     for number, text in enumerate(texts):
-        found = explainer.explain(image, text)
+        found = explainer.explain(picture, text)
         name = path if len(texts) == 1 else path.with_suffix(f".{number}.png")
-        write_atomically(name, figure(picture, found))
+        write_atomically(name, figure(np.asarray(picture), found))
         words = [
             {"word": word.text, "guesses": [{"word": w, "probability": p} for w, p in word.guesses or ()]}
             for word in found.words

@@ -60,6 +60,7 @@ class Predictor:
     ) -> list[Prediction]:
         """One prediction per sentence, `batch_size` of them at a time.
 
+        A file is turned as its EXIF orientation says, and so is the mask.
         Raises DataError for an image that cannot be read and for an empty sentence; warns on stderr about sentences
         that are cut and words that the vocabulary lacks.
         """
@@ -79,7 +80,7 @@ class Predictor:
         ids, words = self._encode(texts)
         together = max(1, batch_size // len(texts))  # Images.
         images = iter(images)
-        while opened := [ops.open_image(image) for image in itertools.islice(images, together)]:
+        while opened := [ops.open_image(image, upright=True) for image in itertools.islice(images, together)]:
             yield from self._predict(opened, texts, ids, words, batch_size, together)
 
     def _predict(self, images, texts, ids, words, batch_size: int, together: int) -> list[list[Prediction]]:
@@ -140,8 +141,9 @@ def predict(
     """Writes the overlay to `output` and the mask (0/255, the image's size) to `*.mask.png`; numbered for several texts."""
     check_texts(texts)
     output = png_output(output)
-    picture = np.asarray(ops.open_image(image))  # Before the network is loaded: a wrong name shows at once.
-    predictions = Predictor.from_pretrained(workdir, config).predict(image, texts)
+    opened = ops.open_image(image, upright=True)  # Before the network is loaded: a wrong name shows at once.
+    picture = np.asarray(opened)
+    predictions = Predictor.from_pretrained(workdir, config).predict(opened, texts)
     for number, prediction in enumerate(predictions):
         name = output if len(predictions) == 1 else output.with_suffix(f".{number}.png")
         colour = _COLOURS[number % len(_COLOURS)]

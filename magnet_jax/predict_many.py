@@ -134,7 +134,7 @@ def _opened(image: Path, text: str) -> Image.Image | DataError:
     try:
         if not text.strip():
             raise DataError(f"{image}: the sentence is empty; write what to look for")
-        return ops.open_image(image)
+        return ops.open_image(image, upright=True)
     except DataError as error:
         return error
 

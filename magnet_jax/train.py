@@ -51,6 +51,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
     wait_for_all("looked for a run")  # Before the first process makes one.
     config, tokenizer, changes = prepare(config, own)
     if own is not None:
+        if config.data.has_absent is None:  # Looked for below, when the run began.
+            config.data.has_absent = own.data.get("has_absent")
         run_files.check_same_config(workdir, config)
     mesh = make_mesh(config.mesh)
     check_batch_size("data", config, mesh)
@@ -60,6 +62,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
     # --------------------------------------------------------------------------------------------------------- data
     check_splits(config)
     records = input_pipeline.load_split(config.data, config.data.split)
+    if config.data.has_absent is None:
+        config.data.has_absent = records.has_absent
     loader = Loader(
         records,
         tokenizer,

@@ -36,11 +36,7 @@ class Trained:
     @property
     def knows_absence(self) -> bool:
         """Whether training showed sentences that mean nothing in their picture, so that the class head can tell them."""
-        data, loss = self.config.data, self.config.loss
-        shown = data.source == "grefcoco" or (
-            data.source == "shapes" and data.options.get("generalised", False)
-        )
-        return bool(shown and loss.class_)
+        return bool(self.config.data.get("has_absent") and self.config.loss.class_)
 
 
 def load_trained(workdir: str | Path, config: ConfigDict | None = None) -> Trained:

@@ -53,6 +53,8 @@ def test_one_several_and_none(tmp_path):
     np.testing.assert_array_equal(found[2], MASK | masks.decode(SQUARE, 40, 60))
     assert not found[3].any()
     assert not found[4].any()
+    assert records.has_absent
+    assert not load(tmp_path, "train").has_absent
     np.testing.assert_array_equal(masks.decode(load(tmp_path, "train")[0].segmentation, 40, 60), MASK)
 
 

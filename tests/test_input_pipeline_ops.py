@@ -83,6 +83,13 @@ def test_exif_orientation_is_ignored():
     assert np.array_equal(ops.open_image(turned), ops.open_image(plain))
 
 
+def test_exif_orientation_is_followed_where_people_look():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # The upper left corner of what is stored belongs to the upper right.
+    found = np.asarray(ops.open_image(encode(SMOOTH, "PNG", exif=exif), upright=True))
+    assert np.array_equal(found, np.rot90(np.asarray(SMOOTH), -1))
+
+
 def test_unreadable_images_are_named(tmp_path):
     with pytest.raises(DataError, match=r"absent.png: no such file"):
         ops.open_image(tmp_path / "absent.png")

@@ -55,6 +55,14 @@ def test_slices_and_selections_share_images_and_objects():
     assert len(Records.from_list([])) == 0
 
 
+def test_expressions_that_mean_nothing_are_seen():
+    nothing = dataclasses.replace(make()[0], segmentation=[], object_id=999, sentence_id=999)
+    hidden = dataclasses.replace(make()[0], segmentation=[[]], object_id=998)  # An object without a pixel.
+    columns = Records.from_list([*make(), hidden, nothing])
+    assert columns.has_absent
+    assert not columns[:-1].has_absent  # Though the object is in the columns still.
+
+
 def test_columns_of_different_length_are_refused():
     columns = Records.from_list(make())
     with pytest.raises(DataError, match=r"'texts': 5.*'types': 6"):
@@ -74,6 +82,7 @@ def test_blobs():
 
 
 def test_registry(monkeypatch):
+    records.sources()  # Modules register once, when they are first imported: not into a registry that will vanish.
     monkeypatch.setattr(records, "_SOURCES", dict(records._SOURCES))
 
     @source("mine", lambda **options: ("train", "holdout"))

@@ -151,12 +151,24 @@ def test_more_sentences_than_a_batch():
     assert np.abs(found[3].logits - found[4].logits).max() > 1e-4
 
 
+def test_a_photograph_is_turned_as_its_exif_data_say(tmp_path):
+    """So that the mask is that of the picture which people see."""
+    (picture,), exif = pictures(1), Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "x.png", exif=exif)
+    predictor = Predictor(trained())
+    found = predictor.predict(tmp_path / "x.png", TEXTS[:1])[0]
+    assert found.mask.shape == (picture.width, picture.height)
+    expected = predictor.predict(picture.transpose(Image.Transpose.ROTATE_270), TEXTS[:1])[0]
+    np.testing.assert_array_equal(found.logits, expected.logits)
+
+
 @pytest.mark.parametrize("shift", [-50.0, 50.0])
 def test_a_network_that_knows_absence_says_so(shift):
     """Its class head is asked, whose second output is that something is there; another network's is not."""
     always = trained()
     config = always.config.copy_and_resolve_references()
-    config.data.options.generalised = True
+    config.data.has_absent = True
     params = jax.tree.map(np.copy, always.variables)
     head = params["params"]["model"]["predictor"]["class"]
     head["bias"] = head["bias"] + np.array([0, shift], np.float32)

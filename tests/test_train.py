@@ -18,7 +18,7 @@ from magnet_jax.checkpoint import Checkpointer
 from magnet_jax.errors import UserError
 from magnet_jax.log import Log
 from magnet_jax.train import train
-from magnet_jax.workdir import History
+from magnet_jax.workdir import History, load_config
 from tests.tiny import tiny_config, tiny_network
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +104,7 @@ def test_run_leaves_everything(finished):
         assert sum(counts) == 20
         assert val["shuffled_text"][protocol]["types"].keys() == val[protocol]["types"].keys()
     assert 0 < val["constant_mask"]["oIoU"] < 100
+    assert load_config(workdir).data.has_absent is False  # Looked for in the training split.
 
 
 def test_history_has_losses_speed_and_figures(finished):
