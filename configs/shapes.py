@@ -59,4 +59,5 @@ def small_network(c: ConfigDict) -> None:
     decoder.feedforward, decoder.groups = 128, 8
     predictor.layers, predictor.heads, predictor.feedforward = 3, 4, 128
     head = c.grounding_head
-    head.layers, head.heads, head.intermediate, head.dropout = 1, 4, 128, 0.0
+    # Two layers: a word first reads where the object is, then looks there; features of 8x8, as objects are small.
+    head.stage, head.layers, head.heads, head.intermediate, head.dropout = 2, 2, 4, 128, 0.0

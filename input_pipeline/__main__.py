@@ -1,4 +1,4 @@
-"""Data from the command line: `python -m input_pipeline shapes|prepare|build_tfds|show|benchmark`."""
+"""Data from the command line: `python -m input_pipeline shapes|prepare|vocabulary|build_tfds|show|benchmark`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from input_pipeline import (
 )
 from input_pipeline.records import DataError, load
 from input_pipeline.shapes_describe import FLAVOURS, MIXED
+from input_pipeline.tokenizer import learn_vocabulary
 from magnet_jax.errors import UserError, config_error
 
 _WRITERS = {"refer": writers.write_refer, "jsonl": writers.write_jsonl, "tfds": writers.write_tfds}
@@ -52,6 +53,15 @@ def build_tfds(arguments: argparse.Namespace) -> None:
     where = refcoco_tfds.build(arguments.root, arguments.manual, arguments.dataset, arguments.partition)
     print(f"{arguments.dataset} ({arguments.partition}) is in '{where}'")
     print(f"config.data: source = 'tfds', root = '{arguments.root}'")
+
+
+def make_vocabulary(arguments: argparse.Namespace) -> None:
+    """Writes a vocabulary of the words that one's own sentences have, for a training without BERT's."""
+    from magnet_jax.workdir import write_atomically
+
+    pieces = learn_vocabulary(load("jsonl", "train", root=arguments.root).texts, arguments.size)
+    write_atomically(arguments.out, "\n".join(pieces) + "\n")
+    print(f"{len(pieces)} pieces in '{arguments.out}'; use them with --config.data.vocab={arguments.out}")
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -133,6 +143,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--tfds", metavar="DIR", help="also write the manual folder of TFDS's ref_coco there"
     )
+
+    command = commands.add_parser("vocabulary", help="make a vocabulary of the words of one's own list")
+    command.set_defaults(run=make_vocabulary)
+    command.add_argument("--root", required=True, help="the .jsonl file, or the folder of a data.jsonl")
+    command.add_argument("--size", type=int, default=8000, help="pieces at most")
+    command.add_argument("--out", default="vocab.txt")
 
     command = commands.add_parser(
         "build_tfds", help="have TFDS prepare ref_coco of what prepare --tfds wrote"

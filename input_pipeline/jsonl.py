@@ -73,6 +73,10 @@ class _Shapes(Sequence[list | dict]):
     def __len__(self) -> int:
         return len(self._shapes)
 
+    def means_nothing(self, i: int) -> bool:
+        """Whether the line says so; a mask in a file is of something."""
+        return self._shapes[i] == []
+
     def __getitem__(self, i: int) -> list | dict:
         shape = self._shapes[i]
         if not isinstance(shape, Path):

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 
 from input_pipeline import records as registry
-from input_pipeline.records import DataError, Records, source
+from input_pipeline.records import DataError, Records, means_nothing, source
 
 TRAIN = "train"
 _COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpe?g")
@@ -110,10 +110,18 @@ class _Chain(Sequence):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, i: int) -> Any:
+    def _place(self, i: int) -> tuple[Sequence, int]:
         i = range(len(self))[i]
         part = int(np.searchsorted(self._starts, i, "right")) - 1
-        return self._parts[part][i - int(self._starts[part])]
+        return self._parts[part], i - int(self._starts[part])
+
+    def __getitem__(self, i: int) -> Any:
+        part, row = self._place(i)
+        return part[row]
+
+    def means_nothing(self, i: int) -> bool:
+        """Of segmentations: as the part says."""
+        return means_nothing(*self._place(i))
 
 
 def _held_out(parts: Mapping[str, Mapping[str, Any]] | None) -> Iterator[tuple[str, str]]:

@@ -116,7 +116,7 @@ class Records(Sequence[Record]):
     @property
     def has_absent(self) -> bool:
         """Whether any expression means nothing in its picture."""
-        return any(self.segmentations[row] == [] for row in np.unique(self.objects))
+        return any(means_nothing(self.segmentations, row) for row in np.unique(self.objects))
 
     def select(self, rows: Sequence[int] | np.ndarray) -> Records:
         """The expressions of the given rows, in that order."""
@@ -184,6 +184,12 @@ class Records(Sequence[Record]):
             objects=np.array([object_row[r.object_id] for r in records], np.int64),
             sentence_ids=np.array([r.sentence_id for r in records], np.int64),
         )
+
+
+def means_nothing(segmentations: Sequence[list | dict], row: int) -> bool:
+    """Whether a row stands for no object; sequences that would have to read a file for it say so themselves."""
+    known = getattr(segmentations, "means_nothing", None)
+    return known(row) if known else segmentations[row] == []
 
 
 @dataclasses.dataclass(frozen=True)

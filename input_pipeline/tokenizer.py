@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from input_pipeline import shapes_grammar
 from input_pipeline.records import DataError
@@ -47,9 +47,7 @@ class Tokenizer:
         self._pieces = {number: piece for piece, number in self.vocab.items()}
         # The tokenizers library and not transformers.BertTokenizerFast, whose constructor has taken the
         # vocabulary under different names and, given the wrong one, silently works with five words.
-        self._backend = tokenizers.Tokenizer(models.WordPiece(self.vocab, unk_token="[UNK]"))
-        self._backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-        self._backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self._backend = _backend(models.WordPiece(self.vocab, unk_token="[UNK]"))
 
     @property
     def vocab_size(self) -> int:
@@ -104,6 +102,28 @@ class Tokenizer:
         lines = [self._pieces.get(i, f"[unused-{i}]") for i in range(self.vocab_size)]
         with open(os.path.join(directory, VOCAB_FILE), "w", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
+
+
+def learn_vocabulary(texts: Iterable[str], size: int) -> list[str]:
+    """A vocabulary of at most `size` pieces for these sentences, of which none has an unknown word; special ones first.
+
+    Raises DataError where there is no word at all.
+    """
+    backend = _backend(models.WordPiece(unk_token="[UNK]"))
+    backend.train_from_iterator(
+        map(_whole, texts), trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL))
+    )
+    found = backend.get_vocab()
+    if len(found) <= len(SPECIAL):
+        raise DataError("the sentences have no words to make a vocabulary of")
+    return sorted(found, key=found.__getitem__)
+
+
+def _backend(model: models.WordPiece) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return backend
 
 
 def _whole(text: str) -> str:

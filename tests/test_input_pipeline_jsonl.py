@@ -74,3 +74,28 @@ def test_splits_that_are_not_there_show_at_the_start(tmp_path):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert json.loads(path.read_text().splitlines()[0]) == LINE
+
+
+def test_lines_that_mean_nothing_are_seen_without_opening_masks(tmp_path):
+    """Of a list, and of a mixture that it is a part of."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    lines = [
+        {"image": "a.png", "mask": "never_written.png", "text": "the cup"},
+        {"image": "a.png", "polygons": [], "text": "the horse", "split": "train"},
+    ]
+    for count, expected in ((1, False), (2, True)):
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines[:count]))
+        assert load(path).has_absent is expected
+        parts = {"mine": {"source": "jsonl", "root": str(path)}, "own": {"source": "shapes", "scenes": 2}}
+        assert input_pipeline.load("mixed", "train", parts=parts).has_absent is expected
+
+
+def test_a_vocabulary_from_the_command_line(tmp_path, capsys):
+    path = write_lines(tmp_path, LINE)
+    out = tmp_path / "new" / "vocab.txt"
+    assert main(["vocabulary", f"--root={path}", f"--out={out}"]) == 0
+    assert f"--config.data.vocab={out}" in capsys.readouterr().out
+    assert not input_pipeline.Tokenizer(str(out)).unknown_words(LINE["text"])
+    assert main(["vocabulary", f"--root={tmp_path / 'none.jsonl'}", f"--out={out}"]) == 1
+    assert "none.jsonl" in capsys.readouterr().err

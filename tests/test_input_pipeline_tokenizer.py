@@ -8,7 +8,7 @@ from transformers import BertTokenizer
 
 from input_pipeline import shapes
 from input_pipeline.records import DataError
-from input_pipeline.tokenizer import SPECIAL, Tokenizer
+from input_pipeline.tokenizer import SPECIAL, Tokenizer, learn_vocabulary
 
 # In the released file's order: padding first, the others far behind unused rows.
 VOCAB = [
@@ -126,6 +126,28 @@ def test_no_vocabulary(tmp_path):
         Tokenizer(str(words))
     with pytest.raises(DataError, match=r"max_length 2"):
         Tokenizer("shapes", max_length=2)
+
+
+def test_a_vocabulary_of_one_s_own_sentences(tmp_path):
+    texts = ["The red cup", "red CUP on the table, left", "Café"]
+    pieces = learn_vocabulary(texts, 200)
+    assert tuple(pieces[:5]) == SPECIAL
+    assert {"red", "cup", "the"} <= set(pieces)
+    assert len(set(pieces)) == len(pieces) <= 200
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    tokenizer = Tokenizer(str(tmp_path / "vocab.txt"), 30)
+    assert not any(tokenizer.unknown_words(text) for text in [*texts, "the cat"])  # Of letters that it has.
+    assert tokenizer.unknown_words("the 7") == ["7"]
+    joined = [
+        "".join(t.removeprefix("##") for t in tokenizer.tokens(row)[1:-1])
+        for row in tokenizer.encode(texts)[0]
+    ]
+    assert joined == ["theredcup", "redcuponthetable,left", "cafe"]
+    few = learn_vocabulary(texts, 40)
+    assert len(few) < len(pieces)
+    assert set(SPECIAL) < set(few)
+    with pytest.raises(DataError, match="no words to make a vocabulary of"):
+        learn_vocabulary(["", " "], 200)
 
 
 @pytest.mark.parametrize("text", ["", "  \t\n", "\u200b"])
