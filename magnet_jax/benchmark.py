@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from ml_collections import ConfigDict
 from input_pipeline.benchmark import peak_memory
 from magnet_jax import trace
 from magnet_jax.compile_cache import keep_compiled
+from magnet_jax.errors import UserError
 from magnet_jax.host_memory import forget_peak
 from magnet_jax.programs import STEPS, Program, build_program, complete, random_batch
 from magnet_jax.sharding import batch_sharding, make_mesh
 from magnet_jax.workdir import write_json
 
 _TRACED = 2  # Runs in a profile.
+_PLUGINS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
 def benchmark(
@@ -33,6 +36,7 @@ def benchmark(
     Values are random, sizes the configuration's: batches of `config.eval.batch_size` and `config.data.batch_size`. Prints
     as it goes; writes `benchmark.json` and, of every step, a folder `trace/STEP` for TensorBoard or Perfetto.
     """
+    check_plugins()
     config, notes = complete(config)
     mesh = make_mesh(config.mesh)
     programs = {
@@ -64,6 +68,15 @@ def benchmark(
         print(text(step, result), flush=True)
         write_json(Path(workdir) / "benchmark.json", report)
     return report
+
+
+def check_plugins() -> None:
+    """Raises UserError where a TPU's or GPU's plugin waits for hardware that is not here: JAX's profiler would crash."""
+    idle = [name for name in _PLUGINS if importlib.util.find_spec(name)]
+    if idle and jax.default_backend() == "cpu" and jax.config.jax_platforms != "cpu":
+        raise UserError(
+            f"{idle[0]} is installed and its hardware is not here, with which JAX's profiler crashes; set JAX_PLATFORMS=cpu"
+        )
 
 
 def machine_rates(dtype: str, repetitions: int) -> dict[str, float]:

@@ -13,7 +13,10 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 # Compiling is most of the suite's time and running next to none of it: no optimising, and the older emitters of fused
 # operations, which are three times as soon done with a network's gradient.
-_FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+_FAST_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST_COMPILE}".strip()
 
 import jax

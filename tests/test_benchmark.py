@@ -1,12 +1,14 @@
 """The benchmark of a tiny network: what it measures, prints and writes."""
 
+import contextlib
 import json
 from unittest import mock
 
+import jax
 import pytest
 
 from magnet_jax import programs
-from magnet_jax.benchmark import benchmark
+from magnet_jax.benchmark import benchmark, check_plugins
 from magnet_jax.errors import UserError
 from magnet_jax.network import Network
 from tests.tiny import TinyModel, tiny_config
@@ -53,3 +55,25 @@ def test_what_is_refused_writes_nothing(tmp_path):
 
 def test_traces_are_kept(report):
     assert {path.name for path in (report[0] / "trace").iterdir()} == {"eval", "train"}
+
+
+def test_plugins_of_absent_hardware_are_told_before_the_profiler_crashes(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "jax_cuda12_plugin")
+    with (
+        jax_platforms(None),
+        pytest.raises(UserError, match="jax_cuda12_plugin is installed .* set JAX_PLATFORMS=cpu"),
+    ):
+        check_plugins()
+    with jax_platforms("cpu"):
+        check_plugins()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with jax_platforms(None):
+        check_plugins()
+
+
+@contextlib.contextmanager
+def jax_platforms(value):
+    former = jax.config.jax_platforms
+    jax.config.update("jax_platforms", value)
+    yield
+    jax.config.update("jax_platforms", former)
