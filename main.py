@@ -57,6 +57,11 @@ _TOPOLOGY = flags.DEFINE_list(
     [],
     "Hardware to compile for, which need not be here: v5e:4x4, v5p:8x8x16, v6e:2x4, h100:8, cpu:8.",
 )
+_QUICK = flags.DEFINE_bool(
+    "quick",
+    False,
+    "Compile with less optimisation, in about half the time: for memory and traffic, not for time.",
+)
 _STEP = flags.DEFINE_enum(
     "step",
     None,
@@ -130,7 +135,7 @@ def run(config) -> None:
         hardware.prepare(_TOPOLOGY.value)
         from magnet_jax.compile import compile_all
 
-        compile_all(config, _TOPOLOGY.value, _STEP.value or "train", _OUTPUT.value)
+        compile_all(config, _TOPOLOGY.value, _STEP.value or "train", _OUTPUT.value, _QUICK.value)
         return
     config = load_config(_WORKDIR.value) if config is None else config
     several = _DISTRIBUTED.value or any(

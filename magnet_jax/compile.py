@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import tempfile
@@ -22,10 +23,13 @@ from magnet_jax.trace import by_part, names_of_operations, part_of
 from magnet_jax.workdir import write_json
 
 
-def compile_for(config: ConfigDict, topology: str, step: str = "train") -> dict[str, Any]:
+def compile_for(
+    config: ConfigDict, topology: str, step: str = "train", quick: bool = False
+) -> dict[str, Any]:
     """Compiles for one topology, like 'v5e:4x4' or 'h100:8'; returns the report, whether it fits or not.
 
-    Bytes are per device, `flops` those of matrix products and convolutions of one step of the whole batch. Raises UserError
+    Bytes are per device, `flops` those of matrix products and convolutions of one step of the whole batch. quick: with
+    less optimisation, for memory and traffic alone, which differ little from what they will be. Raises UserError
     for a topology that cannot be compiled for, and for a batch or mesh that does not suit it.
     """
     chip = hardware.CHIPS[hardware.parse(topology)[0]]
@@ -43,12 +47,13 @@ def compile_for(config: ConfigDict, topology: str, step: str = "train") -> dict[
         "remat": list(config.model.remat),
         "parameters": program.parameters,
         "flops": program.flops(),
+        "quick": quick,
         "jax": jax.__version__,
     }
     lowered = program.function.lower(program.state, program.batch)
     start = time.perf_counter()
     try:
-        compiled, text, kernels = _compile(lowered, chip.platform)
+        compiled, text, kernels = _compile(lowered, chip.platform, quick)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -67,17 +72,21 @@ def compile_for(config: ConfigDict, topology: str, step: str = "train") -> dict[
     return report | _of_compiled(compiled, text, kernels, chip, report)
 
 
-def _compile(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str, dict[str, int]]:
+def _compile(
+    lowered: jax.stages.Lowered, platform: str, quick: bool
+) -> tuple[jax.stages.Compiled, str, dict[str, int]]:
     """The compiled program, its text, and the cycles of kernels of ours in it."""
+    options: dict[str, Any] = {"optimization_level": 1} if quick else {}
     if platform != "tpu":
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
         return compiled, compiled.as_text(), {}
     # jaxlib cannot always read a TPU's program, which may hold operations that only libtpu knows: it has to print it.
-    with tempfile.TemporaryDirectory() as folder, hardware.schedules() as schedules:
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+    printing = contextlib.nullcontext() if quick else hardware.schedules()
+    with tempfile.TemporaryDirectory() as folder, printing as schedules:
+        compiled = lowered.compile(compiler_options=options | {"xla_dump_to": folder})
         (file,) = Path(folder).glob("*.after_codegen.txt")
         text = file.read_text()
-        return compiled, text, kernel_cycles(text, schedules)
+        return compiled, text, {} if quick else kernel_cycles(text, schedules)
 
 
 def _of_compiled(
@@ -101,7 +110,7 @@ def _of_compiled(
         },
         "wire_bytes": found.wire,
     }
-    if chip.clock and found.cycles:
+    if chip.clock and found.cycles and not report["quick"]:
         # The compiler tells no cycles of gathers and the like: for these the time that their bytes take is added.
         compute = {operation: cycles / chip.clock for operation, cycles in found.cycles.items()}
         silent = {operation: size / chip.bandwidth for operation, size in found.silent_bytes.items()}
@@ -168,14 +177,14 @@ HEADER = "".join(
 
 
 def compile_all(
-    config: ConfigDict, names: Sequence[str], step: str, output: str | None
+    config: ConfigDict, names: Sequence[str], step: str, output: str | None, quick: bool = False
 ) -> list[dict[str, Any]]:
     """Compiles for several topologies; prints a row of each and writes all reports as JSON where `output` is given."""
     config, notes = complete(config)
     print("\n".join([*notes, HEADER]), flush=True)
     reports = []
     for name in names:
-        reports.append(compile_for(config, name, step))
+        reports.append(compile_for(config, name, step, quick))
         print(line(reports[-1]), flush=True)
         if output:
             write_json(output, reports)

@@ -40,6 +40,16 @@ def jit_eval_step(network: Network, shardings: Any, mesh: Mesh) -> Callable:
     )
 
 
+def jit_init(init: Callable, shardings: Any, mesh: Mesh) -> Callable:
+    """What makes a state, each part where it will lie.
+
+    It runs once: on a CPU, where compiling it is all that it costs, with less optimisation.
+    """
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return jax.jit(init, out_shardings=shardings, compiler_options=options if on_cpu else None)
+
+
 class Jit:
     """One program over a mesh: parameters lie where `shardings` says, batches are split over 'data' and 'fsdp'."""
 

@@ -17,7 +17,7 @@ from input_pipeline import DataError, Tokenizer
 from magnet_jax.errors import UserError
 from magnet_jax.network import build_network
 from magnet_jax.optim import make_optimizer
-from magnet_jax.parallelism import Jit, jit_eval_step, jit_train_step
+from magnet_jax.parallelism import Jit, jit_eval_step, jit_init, jit_train_step
 from magnet_jax.sharding import batch_parts, batch_sharding, replicated, state_sharding
 from magnet_jax.train_step import configured_train_step, init_state, make_gradient
 from magnet_jax.trained import batch_shapes, with_vocabulary
@@ -90,7 +90,7 @@ def build_program(config: ConfigDict, mesh: Mesh, step: str, where: str = "this 
     shardings = state_sharding(state, mesh, config.sharding)
     params = state.params if step == "train" else state["params"]
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    jitted_init = jax.jit(init, out_shardings=shardings)
+    jitted_init = jit_init(init, shardings, mesh)
     plain = function(build_network(_without_forms(config), "cpu"))
     return Program(function(network), plain, state, shardings, batch, jitted_init, size, parameters)
 

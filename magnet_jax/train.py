@@ -27,7 +27,7 @@ from magnet_jax.initial import fill, load_initial
 from magnet_jax.log import Log, flatten
 from magnet_jax.network import build_network
 from magnet_jax.optim import make_optimizer
-from magnet_jax.parallelism import jit_eval_step, make_parallelism
+from magnet_jax.parallelism import jit_eval_step, jit_init, make_parallelism
 from magnet_jax.sharding import make_mesh, state_sharding
 from magnet_jax.table import table
 from magnet_jax.train_step import configured_train_step, init_state
@@ -123,7 +123,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 parallelism.compile, step_function, shapes, shardings, batch_shapes(config)
             )
         if not start_step:
-            state = jax.jit(init, out_shardings=shardings)(seed)
+            state = jit_init(init, shardings, mesh)(seed)
             if own is not None:  # Stopped before its first checkpoint.
                 arrays, loaded = load_initial(shapes.variables, config)
             if arrays:

@@ -57,6 +57,25 @@ def test_an_eval_step_has_no_gradient_to_send():
     assert report["flops"] < compile_for(ready(data__batch_size=8), "cpu:2")["flops"]
 
 
+def test_quick_asks_for_less_optimisation_and_tells_no_time():
+    options = []
+    compile_ = jax.stages.Lowered.compile
+    with mock.patch.object(
+        jax.stages.Lowered,
+        "compile",
+        lambda self, compiler_options: options.append(compiler_options) or compile_(self, compiler_options),
+    ):
+        quick, whole = (compile_for(ready(), "cpu:2", "train", quick) for quick in (True, False))
+    assert options == [{"optimization_level": 1}, {}]
+    assert quick["wire_bytes"] == whole["wire_bytes"]
+    assert quick["bytes"]["arguments"] == whole["bytes"]["arguments"]
+    sizes = {f"{kind}_size_in_bytes": 0 for kind in ("argument", "output", "temp", "generated_code", "alias")}
+    compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
+    text = re.sub(r"cycles=(\d+)", r'backend_config={"estimated_cycles":"\1"}', OF_A_TPU)
+    about = {"batch_size": 8, "devices": 4, "flops": 4e6, "quick": True}
+    assert "seconds" not in _of_compiled(compiled, text, {}, hardware.CHIPS["v5e"], about)
+
+
 def test_what_does_not_fit_is_no_crash():
     full = jax.errors.JaxRuntimeError(
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm. Exceeded by 8.75G."
@@ -112,7 +131,9 @@ def test_time_on_a_tpu_by_part():
     sizes = {f"{kind}_size_in_bytes": 0 for kind in ("argument", "output", "temp", "generated_code", "alias")}
     compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
     text = re.sub(r"cycles=(\d+)", r'backend_config={"estimated_cycles":"\1"}', OF_A_TPU)
-    report = _of_compiled(compiled, text, {}, chip, {"batch_size": 8, "devices": 4, "flops": 4e6})
+    report = _of_compiled(
+        compiled, text, {}, chip, {"batch_size": 8, "devices": 4, "flops": 4e6, "quick": False}
+    )
     size = 4 * (500 + 1000 + 1000)
     assert report["parts"] == {
         "deformable attention": {"forward": pytest.approx(size / chip.bandwidth), "backward": 0},
