@@ -118,16 +118,8 @@ class Explainer:
         network, rows = self.trained.network, jnp.arange(len(ids))
         word_mask, mask = (jnp.repeat(x, len(ids), 0) for x in (word_mask, mask))
         pairs = jnp.stack([jnp.zeros_like(rows), rows])
-        batch = {"image": image, "text_ids": ids, "text_mask": word_mask, "pairs": pairs}
-        output = network.apply(variables, batch)
-        logits = network.grounding.apply(
-            {"params": variables["params"]["grounding"]},
-            output.word_features,
-            word_mask,
-            output.stage_features[network.grounding_stage - 1],
-            mask.astype(jnp.float32),
-            output.word_embedding,
-        )
+        batch = {"image": image, "text_ids": ids, "text_mask": word_mask, "mask": mask, "pairs": pairs}
+        logits = network.word_logits(variables, network.apply(variables, batch), batch)
         return jax.nn.softmax(logits[rows, places])
 
     def _likeliest(self, probabilities: np.ndarray) -> tuple[tuple[str, float], ...]:

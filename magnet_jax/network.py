@@ -70,6 +70,19 @@ class Network:
             of_model, normalise(batch["image"]), batch["text_ids"], batch["text_mask"], **pairs
         )
 
+    def word_logits(
+        self, variables: Mapping[str, Any], output: Output, batch: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        """What `grounding` reads in every word's place, `[B, L, V]`: from an output of the same batch, and its masks."""
+        return self.grounding.apply(
+            {"params": variables["params"]["grounding"]},
+            output.word_features,
+            batch["text_mask"],
+            output.stage_features[self.grounding_stage - 1],
+            batch["mask"].astype(jnp.float32),
+            output.word_embedding,
+        )
+
     def with_closed_gates(self, variables: Mapping[str, Any]) -> Network:
         """The same network, spared the language gates where these variables hold them at exactly zero."""
         if not getattr(self.model, "alignment", False):

@@ -152,6 +152,7 @@ def _execute(run: Run, out: Path) -> None:
             "steps_per_second": rates[len(rates) // 2],
             "splits": results,
             "counterfactual": counterfactual(config, workdir),
+            "hidden_words": guessed(config, workdir),
             "history": [
                 {k: v for k, v in row.items() if k == "step" or k.startswith("train/loss")} for row in history
             ],
@@ -180,6 +181,16 @@ def counterfactual(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         words = input_pipeline.load_split(data, split).types
         found[split] = pair_figures((ious >= RIGHT).tolist(), words)
     return found
+
+
+def guessed(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """How many hidden words a network with Mask Grounding guesses with its picture, and with another; else nothing."""
+    if not config.loss.grounding:
+        return {}
+    from magnet_jax.hidden_words import hidden_words
+    from magnet_jax.trained import load_trained
+
+    return hidden_words(load_trained(workdir), config.data.eval_splits[0])
 
 
 def pair_figures(right: Sequence[bool], words: Sequence[str]) -> dict[str, Any]:

@@ -158,6 +158,21 @@ def section(groups: dict[str, Group]) -> list[str]:
             *("", *_table(groups, both), "", *_differences(groups, {split: both[split] for split in splits})),
         ]
 
+    guessing = {
+        name: group for name, group in groups.items() if all(r.get("hidden_words") for r in group.values())
+    }
+    if guessing:
+        shares = {
+            "with its picture": lambda result: result["hidden_words"]["own"],
+            "with another": lambda result: result["hidden_words"]["other"],
+        }
+        lines += [
+            *("", f"### Hidden words ({first})", ""),
+            "Of every expression one word is hidden: percentage that Mask Grounding guesses with the expression's picture "
+            "and object, and with those of another. Where both are the same, it has not learnt to look.",
+            *("", *_table(guessing, shares)),
+        ]
+
     lines += ["", "### What helped, and what did not", "", *verdicts(groups, columns[first], f"{first} oIoU")]
     lines += ["", "### Compute", "", *_compute(groups)]
     return lines

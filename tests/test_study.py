@@ -257,6 +257,16 @@ def test_report_says_what_helped_and_what_did_not(tmp_path):
     assert study_report.write_report(tmp_path).read_text() == first
 
 
+def test_report_says_whether_the_hidden_words_are_looked_for(tmp_path):
+    """Of the variants that guess any."""
+    words = {"own": 60.0, "other": 25.0, "count": 9}
+    write(tmp_path, [result("baseline", 0, 1.0), result("mg", 0, 2.0, hidden_words=words)])
+    text = study_report.write_report(tmp_path).read_text()
+    section = text[text.index("### Hidden words (val)") : text.index("### What helped")]
+    assert "| + Mask Grounding | 1 | 60.0 | 25.0 |" in section
+    assert "baseline" not in section
+
+
 def test_report_refuses_repeats_of_another_configuration(tmp_path):
     with pytest.raises(UserError, match="no results in"):
         study_report.write_report(tmp_path)
