@@ -1,7 +1,9 @@
 """A page to try a network on pictures: masks of sentences in colour, and the map of each word."""
 
+import contextlib
 import dataclasses
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from magnet_jax.trained import Trained, load_trained
 # What the page accepts.
 MOST_SENTENCES, MOST_CHARACTERS, MOST_MEGABYTES, MOST_WAITING = 8, 200, 25, 16
 _SIDE = 1024  # Pixels, of a picture on the page.
+_SLOW = 3.0  # Seconds from which the page says how long an answer takes.
 _COLOURS = ("#e63c28", "#286ee6", "#28aa46", "#d28c14", "#963cc8", "#14aab4", "#8c5a28", "#646464")
 
 
@@ -53,17 +56,20 @@ class Answers:
     def __init__(self, trained: Trained):
         self.trained = trained
         self.explainer = Explainer(trained)
-        self._compiled: set[str] = set()
+        self._seconds: dict[
+            str, float
+        ] = {}  # What the last answer took, for each sentence; the first one compiled.
 
     def find(self, picture: Image.Image | None, text: str) -> Iterator[str | list[Prediction]]:
         """Lines to show meanwhile, and at last the predictions; raises DataError for what is refused."""
         if picture is None:
             raise DataError("no picture; upload one, or choose an example")
         sentences = read_sentences(text)
-        yield self._status("find", f"looking for {len(sentences)} sentence{'s' * (len(sentences) > 1)} ...")
+        what = f"looking for {len(sentences)} sentence{'s' * (len(sentences) > 1)} ..."
+        yield self._status("find", what, len(sentences))
         pairs = [(picture, sentence) for sentence in sentences]
-        found = list(self.explainer.predictor.predict_pairs(pairs, batch_size=1))
-        self._compiled.add("find")
+        with self._timed("find", len(sentences)):
+            found = list(self.explainer.predictor.predict_pairs(pairs, batch_size=1))
         yield found
 
     def words(self, picture: Image.Image | None, text: str) -> Iterator[str | list[tuple[np.ndarray, str]]]:
@@ -72,8 +78,8 @@ class Answers:
             raise DataError("no picture; upload one, or choose an example")
         sentence = read_sentences(text)[0]
         yield self._status("words", f"looking at the words of '{sentence}' ...")
-        explanation = self.explainer.explain(picture, sentence)
-        self._compiled.add("words")
+        with self._timed("words"):
+            explanation = self.explainer.explain(picture, sentence)
         image, shown = np.asarray(picture), []
         for word in explanation.words:
             for name, values in (("looked for", word.attention), ("like it", word.similarity)):
@@ -81,9 +87,16 @@ class Answers:
                     shown.append((heat(image, values), f"{word.text}: {name}"))
         yield shown
 
-    def _status(self, what: str, line: str) -> str:
-        if what in self._compiled:
-            return line
+    @contextlib.contextmanager
+    def _timed(self, what: str, sentences: int = 1):
+        first, start = what not in self._seconds, time.monotonic()
+        yield
+        self._seconds[what] = 0.0 if first else (time.monotonic() - start) / sentences
+
+    def _status(self, what: str, line: str, sentences: int = 1) -> str:
+        if what in self._seconds:
+            seconds = sentences * self._seconds[what]
+            return line if seconds < _SLOW else f"{line} a large network here: about {seconds:.0f} s"
         return f"compiling the network, once, which takes seconds for a small one and minutes for a large one; then {line}"
 
 

@@ -55,6 +55,10 @@ def test_answers_are_the_predictor_s():
     for a, b in zip(found, Predictor(trained()).predict(picture, TEXTS), strict=True):
         np.testing.assert_allclose(a.logits, b.logits, atol=1e-5 * np.abs(b.logits).max())
     assert next(answers.find(picture, TEXTS[0])) == "looking for 1 sentence ..."
+    answers._seconds["find"] = 4.2  # As of a large network.
+    assert (
+        next(answers.find(picture, "a\nb")) == "looking for 2 sentences ... a large network here: about 8 s"
+    )
     with pytest.raises(DataError, match="no picture; upload one"):
         list(answers.find(None, "x"))
     *_, maps = answers.words(picture, TEXTS[0])
