@@ -285,7 +285,13 @@ def test_a_loop_over_blocks_changes_nothing(depth, form, parts):
         for s in (unrolled, scanned)
     ]
     assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+
+    def same(
+        a, b
+    ):  # By the tensor's largest value, as in parity.py: gradients of keys' biases are zero but for rounding.
+        assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max()
+
+    jax.tree.map(same, *found)
     programs = [str(jax.make_jaxpr(lambda p, s=s: run(s, p, x))(params)) for s in (unrolled, scanned)]
     assert ["scan" in program for program in programs] == [False, True]
     assert jax.tree.structure(scanned.init(jax.random.key(0), x)) == jax.tree.structure(dict(params))
