@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 import input_pipeline
 from input_pipeline import Loader
@@ -20,15 +21,13 @@ from magnet_jax.errors import UserError
 from magnet_jax.evaluate import other_pairs
 from magnet_jax.trained import Trained, load_trained
 
-_BATCH = 64
-
 
 def hidden_words(trained: Trained, split: str, seed: int = 0) -> dict[str, Any]:
     """Of every expression of a split one word is hidden, drawn at random; the share of them that is guessed.
 
     Percentages: `own` with the expression's picture and object, `other` with those of another picture. Where both are the
     same, words are guessed from the other words alone. `count` is of expressions. Raises UserError for a network without
-    the head.
+    the head, and for a split without a word to hide.
     """
     network, tokenizer, config = trained.network, trained.tokenizer, trained.config
     if network.grounding is None:
@@ -36,40 +35,43 @@ def hidden_words(trained: Trained, split: str, seed: int = 0) -> dict[str, Any]:
             "the network was trained without Mask Grounding and guesses no words; give a --run with it"
         )
     records = input_pipeline.load_split(config.data, split)
-    side = config.data.image_size
-    shown = np.zeros((len(records), side, side, 3), np.uint8)
-    objects = np.zeros((len(records), side, side), bool)
-    ids, words = (np.zeros((len(records), config.data.max_words), np.int32) for _ in range(2))
-    for batch in Loader(records, tokenizer, batch_size=_BATCH, image_size=(side, side), seed=0, train=False):
-        rows, valid = batch["index"], np.asarray(batch["valid"], bool)
-        for column, name in ((shown, "image"), (objects, "mask"), (ids, "text_ids"), (words, "text_mask")):
-            column[rows[valid]] = np.asarray(batch[name])[valid]
-    usable = np.flatnonzero(words.sum(1) > 2)  # More than [CLS] and [SEP].
-    partner = other_pairs(records.image_rows, seed)
-    rng = np.random.default_rng(seed)
-    places = 1 + (rng.random(len(records)) * (np.maximum(words.sum(1), 3) - 2)).astype(int)
-    hidden = ids.copy()
-    hidden[np.arange(len(ids)), places] = tokenizer.mask_id
+    others = records.select(other_pairs(records.image_rows, seed))
+    size, side = config.eval.batch_size, config.data.image_size
+    # Two loaders in step, so that no more than a batch is ever in memory.
+    own, other = (
+        Loader(
+            some,
+            tokenizer,
+            batch_size=size,
+            image_size=(side, side),
+            seed=seed,
+            train=False,
+            max_bad_share=config.data.max_bad_share,
+        )
+        for some in (records, others)
+    )
 
     @jax.jit
     def guess(variables, batch, places):
         logits = network.word_logits(variables, network.apply(variables, batch), batch)
-        return logits[jnp.arange(len(places)), places].argmax(-1)
+        return logits[jnp.arange(size), places].argmax(-1)
 
-    right = {"own": 0, "other": 0}
-    for start in range(0, len(usable), _BATCH):
-        # As many each time, for one program: the last is repeated, and its result left.
-        rows = usable[np.minimum(np.arange(start, start + _BATCH), len(usable) - 1)]
-        for name, seen in (("own", rows), ("other", partner[rows])):
-            batch = {
-                "image": shown[seen],
-                "mask": objects[seen],
-                "text_ids": hidden[rows],
-                "text_mask": words[rows],
-            }
-            found = np.asarray(guess(trained.variables, batch, places[rows])) == ids[rows, places[rows]]
-            right[name] += int(found[: len(usable) - start].sum())
-    return {name: 100 * count / len(usable) for name, count in right.items()} | {"count": len(usable)}
+    rng, right, count = np.random.default_rng(seed), {"own": 0, "other": 0}, 0
+    for batch, shown in tqdm(zip(own, other, strict=True), "guessing", len(own), unit=" batches", delay=20):
+        ids, words = np.array(batch["text_ids"]), batch["text_mask"]
+        length = words.sum(1) - 2  # Without [CLS] and [SEP].
+        places = 1 + (rng.random(size) * np.maximum(length, 1)).astype(int)
+        truth = ids[np.arange(size), places]
+        ids[np.arange(size), places] = tokenizer.mask_id
+        counted = batch["valid"] & shown["valid"] & (length > 0)
+        count += int(counted.sum())
+        for name, seen in (("own", batch), ("other", shown)):
+            question = {"image": seen["image"], "mask": seen["mask"], "text_ids": ids, "text_mask": words}
+            found = np.asarray(guess(trained.variables, question, places)) == truth
+            right[name] += int(found[counted].sum())
+    if not count:
+        raise UserError(f"split '{split}' has no sentence with a word to hide; give another --split")
+    return {name: 100 * share / count for name, share in right.items()} | {"count": count}
 
 
 def main(argv: list[str] | None = None) -> int:
