@@ -280,21 +280,32 @@ def effects_plot(groups: dict[str, Group]) -> bytes:
     return _png(figure)
 
 
+def mask_losses(groups: dict[str, Group]) -> dict[str, tuple[list[int], list[float]]]:
+    """Of each variant the steps that all runs tell of, and the loss of the masks there, mean over seeds."""
+    told = {
+        (variant, seed): {
+            row["step"]: sum(terms)
+            for row in result["history"]
+            if (terms := [row[key] for key in _MASK_LOSSES if key in row])
+        }
+        for variant, group in groups.items()
+        for seed, result in group.items()
+    }
+    steps = sorted(set.intersection(*(set(losses) for losses in told.values())))
+    return {
+        variant: (steps, [float(np.mean([told[variant, seed][step] for seed in group])) for step in steps])
+        for variant, group in groups.items()
+    }
+
+
 def curves_plot(groups: dict[str, Group]) -> bytes:
-    """A PNG: the loss of the masks against the step, mean over seeds."""
+    """A PNG: the loss of the masks against the steps that all runs tell of, mean over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    for variant, group in groups.items():
-        by_step = collections.defaultdict(list)
-        for result in group.values():
-            for row in result["history"]:
-                terms = [row[key] for key in _MASK_LOSSES if key in row]
-                if terms:
-                    by_step[row["step"]].append(sum(terms))
-        steps = sorted(by_step)
-        axes.plot(steps, [np.mean(by_step[step]) for step in steps], label=_label(groups, variant))
+    for variant, (steps, losses) in mask_losses(groups).items():
+        axes.plot(steps, losses, label=_label(groups, variant))
     axes.set(xlabel="step", ylabel="loss of the masks", yscale="log")
     axes.legend()
     return _png(figure)

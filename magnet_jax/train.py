@@ -180,10 +180,9 @@ def train(config: ConfigDict, workdir: str) -> dict:
             unread.append((step, metrics))
 
             if step == start_step + 1 and step < total_steps:  # Compiling is no part of the speed.
-                first = read_metrics()
+                jax.block_until_ready(metrics)
                 log.start_clock(step)
-                log.train(step, first)
-            elif step % config.train.log_every == 0 or step == total_steps:
+            if step in (1, total_steps) or step % config.train.log_every == 0:
                 log.train(step, read_metrics())
 
             score = None

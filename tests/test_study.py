@@ -267,6 +267,19 @@ def test_report_says_whether_the_hidden_words_are_looked_for(tmp_path):
     assert "baseline" not in section
 
 
+def test_curves_are_of_the_steps_that_all_runs_tell_of():
+    """One that was stopped and went on may have others besides."""
+    row = {"step": 60, "train/loss/bce": 9.0}
+    first, second = result("mg", 0, 1.0), result("mg", 1, 1.0)
+    first["history"] = [
+        first["history"][0],
+        row,
+        {"step": 100, "train/loss/bce": 0.25, "train/loss/dice": 0.5},
+    ]
+    found = study_report.mask_losses({"mg": {0: first, 1: second}, "cam": {0: result("cam", 0, 1.0)}})
+    assert found == {"mg": ([50, 100], [1.0, 0.625]), "cam": ([50, 100], [1.0, 0.5])}
+
+
 def test_report_refuses_repeats_of_another_configuration(tmp_path):
     with pytest.raises(UserError, match="no results in"):
         study_report.write_report(tmp_path)

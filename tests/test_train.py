@@ -152,6 +152,25 @@ def test_sigterm_saves_at_the_step_boundary(tmp_path, finished_every_step, capsy
     assert_same_run(tmp_path, finished_every_step)
 
 
+def test_a_run_that_goes_on_tells_of_the_same_steps(tmp_path, finished):
+    """Not of its own first one, which would stand among means of many as an outlier."""
+    original, steps = Checkpointer.save, []
+
+    def save(self, step, *rest):
+        original(self, step, *rest)
+        steps.append(step)
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with mock.patch.object(Checkpointer, "save", save):
+        assert train(tiny_config(), tmp_path) == {}
+    assert steps[-1] == 5
+    train(tiny_config(), tmp_path)
+    assert (
+        [step for step, _ in losses(tmp_path)] == [step for step, _ in losses(finished[0])] == [1, 4, 8, 12]
+    )
+
+
 @pytest.fixture(scope="module")
 def finished_every_step(tmp_path_factory):
     """A run that was never stopped, with a log line for every step."""
