@@ -107,15 +107,20 @@ class Tokenizer:
 def learn_vocabulary(texts: Iterable[str], size: int) -> list[str]:
     """A vocabulary of at most `size` pieces for these sentences, of which none has an unknown word; special ones first.
 
-    Raises DataError where there is no word at all.
+    Raises DataError where there is no word at all, and where the letters alone are more than `size`.
     """
     backend = _backend(models.WordPiece(unk_token="[UNK]"))
     backend.train_from_iterator(
-        map(_whole, texts), trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL))
+        map(_whole, texts),
+        trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False),
     )
     found = backend.get_vocab()
     if len(found) <= len(SPECIAL):
         raise DataError("the sentences have no words to make a vocabulary of")
+    if len(found) > size:
+        raise DataError(
+            f"a vocabulary of {size} pieces is too small: letters alone are {len(found)}; allow more"
+        )
     return sorted(found, key=found.__getitem__)
 
 
@@ -148,7 +153,8 @@ def _load_vocab(vocab: str) -> dict[str, int]:
             lines = file.read().split("\n")
     except FileNotFoundError:
         raise DataError(
-            f"{path}: no such vocabulary; give 'shapes', a vocab.txt or a directory with one"
+            f"{path}: no such vocabulary; give 'shapes', a vocab.txt or a directory with one "
+            "(`python -m input_pipeline vocabulary` makes one of your own sentences)"
         ) from None
     except UnicodeDecodeError as error:
         raise DataError(

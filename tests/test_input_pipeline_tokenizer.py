@@ -143,9 +143,11 @@ def test_a_vocabulary_of_one_s_own_sentences(tmp_path):
         for row in tokenizer.encode(texts)[0]
     ]
     assert joined == ["theredcup", "redcuponthetable,left", "cafe"]
-    few = learn_vocabulary(texts, 40)
-    assert len(few) < len(pieces)
-    assert set(SPECIAL) < set(few)
+    few = learn_vocabulary(texts, 45)
+    assert len(few) == 45 < len(pieces)
+    assert tuple(few[:5]) == SPECIAL
+    with pytest.raises(DataError, match=r"of 10 pieces is too small: letters alone are \d+"):
+        learn_vocabulary(texts, 10)
     with pytest.raises(DataError, match="no words to make a vocabulary of"):
         learn_vocabulary(["", " "], 200)
 
