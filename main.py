@@ -60,7 +60,7 @@ _TOPOLOGY = flags.DEFINE_list(
 _QUICK = flags.DEFINE_bool(
     "quick",
     False,
-    "Compile with less optimisation, in about half the time: for memory and traffic, not for time.",
+    "Compile with less optimisation and without schedules: for memory and traffic, not for time.",
 )
 _STEP = flags.DEFINE_enum(
     "step",
