@@ -1,7 +1,7 @@
 """Command line of magnet-jax: flags only, one function per mode.
 
 python main.py --config=configs/shapes.py --workdir=DIR [--config.a.b=value ...]
-python main.py --mode=eval --workdir=DIR
+python main.py --mode=eval --workdir=DIR [--config.a.b=value ...]
 python main.py --mode=predict --workdir=DIR --image=FILE --text="the red ring" --output=out.png
 python main.py --mode=predict --workdir=DIR --input=list.jsonl --output=FOLDER
 python main.py --mode=explain --workdir=DIR --image=FILE --text="the red ring" --output=words.png
@@ -24,7 +24,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from magnet_jax.errors import config_error
+from magnet_jax import run_config
+from magnet_jax.errors import UserError, config_error
+from magnet_jax.workdir import is_run, load_config
 
 MODES = ("train", "eval", "predict", "explain", "demo", "export", "compile", "benchmark")
 _CONFIG = config_flags.DEFINE_config_file(
@@ -91,7 +93,6 @@ def main(_) -> None:
         lambda record: "orbax" not in record.pathname
     )  # It narrates every save.
     from input_pipeline.records import DataError
-    from magnet_jax.errors import UserError
 
     try:
         run(_CONFIG.value)
@@ -113,9 +114,7 @@ def main(_) -> None:
 
 def run(config) -> None:
     """Hands over to the function of the mode."""
-    from magnet_jax.errors import UserError
     from magnet_jax.host_memory import compute_in_main_thread, keep_freed_memory
-    from magnet_jax.workdir import load_config
 
     needed = {} if _MODE.value == "compile" else {"workdir": _WORKDIR.value}
     needed |= {
@@ -153,17 +152,18 @@ def run(config) -> None:
         keep_freed_memory()
     with contextlib.ExitStack() as stack:
         if several:
-            from magnet_jax.processes import find_place, joined
+            from magnet_jax.processes import end_on_sigterm, find_place, joined
 
             place = find_place(_COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_INDEX.value)
             stack.enter_context(joined(place, _PATIENCE.value))
+            if _MODE.value == "eval":  # Has nothing to save.
+                end_on_sigterm()
         run_mode(config)
 
 
 def run_mode(config) -> None:
     """Runs a mode that needs devices."""
     from magnet_jax.compile_cache import keep_compiled
-    from magnet_jax.workdir import is_run
 
     if is_run(_WORKDIR.value):
         keep_compiled(_WORKDIR.value)
@@ -209,13 +209,27 @@ def run_mode(config) -> None:
 def parse(argv: list[str]) -> list[str]:
     """absl's flag parser; anything wrong with a flag or a configuration field is one line and exit code 2."""
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(with_run(argv))
         getattr(_CONFIG.value, "seed", None)  # A configuration that did not load raises at its first use.
-    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, UserError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         fail(2, config_error(error))
     if rest[1:]:
         fail(2, f"'{rest[1]}' is not a flag; expected --name=value")
     return rest
+
+
+def with_run(argv: list[str]) -> list[str]:
+    """Where fields are changed but no --config is given, they are those of the run in --workdir."""
+    names = [word.lstrip("-").partition("=")[0] for word in argv[1:] if word.startswith("-")]
+    if "config" in names or not any(name.startswith("config.") for name in names):
+        return argv
+    folders = [word.partition("=")[2] for word in argv if word.lstrip("-").startswith("workdir=")]
+    if not folders or not is_run(folders[-1]):
+        fail(
+            2,
+            "--config is missing, and --workdir holds no run; fields are changed of the configuration of either",
+        )
+    return [argv[0], f"--config={run_config.__file__}:{folders[-1]}", *argv[1:]]
 
 
 def fail(code: int, line: str) -> None:

@@ -1,4 +1,4 @@
-"""MagNet on one's own images: a JSON Lines file, from pretrained encoders (README, "Use your own images").
+"""MagNet on one's own images: a JSON Lines file, from pretrained encoders (README, "Train on your own images").
 
 python main.py --config=configs/own.py --workdir=runs/own --config.data.root=data/mine.jsonl
 

@@ -121,9 +121,11 @@ def parser() -> argparse.ArgumentParser:
         "--scenes", type=int, help="scenes of every split (default: those of the built-in set)"
     )
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--image_size", type=int, default=defaults.image_size)
+    command.add_argument("--image_size", type=positive, default=defaults.image_size)
     command.add_argument("--flavour", choices=(*FLAVOURS, MIXED), default=defaults.flavour)
-    command.add_argument("--expressions", type=int, default=defaults.expressions, help="sentences per object")
+    command.add_argument(
+        "--expressions", type=positive, default=defaults.expressions, help="sentences per object"
+    )
     command.add_argument(
         "--generalised", action="store_true", help="also sentences of no and several objects"
     )
@@ -147,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("vocabulary", help="make a vocabulary of the words of one's own list")
     command.set_defaults(run=make_vocabulary)
     command.add_argument("--root", required=True, help="the .jsonl file, or the folder of a data.jsonl")
-    command.add_argument("--size", type=int, default=8000, help="pieces at most")
+    command.add_argument("--size", type=positive, default=8000, help="pieces at most")
     command.add_argument("--out", default="vocab.txt")
 
     command = commands.add_parser(
@@ -164,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=show)
     command.add_argument("--split", help="default: the one that is trained on")
-    command.add_argument("--n", type=int, default=16, help="examples")
+    command.add_argument("--n", type=positive, default=16, help="examples")
     command.add_argument("--out", default="grid.png")
 
     command = commands.add_parser(
@@ -172,12 +174,19 @@ def parser() -> argparse.ArgumentParser:
         help="measure the speed of a configuration's data, without --config of pictures of COCO's size",
     )
     command.set_defaults(run=measure)
-    command.add_argument("--batches", type=int, default=60)
-    command.add_argument("--repeats", type=int, default=3)
+    command.add_argument("--batches", type=positive, default=60)
+    command.add_argument("--repeats", type=positive, default=3)
     command.add_argument(
         "--startup", action="store_true", help="instead, time and memory to start on as much as RefCOCO"
     )
     return top
+
+
+def positive(text: str) -> int:
+    """A number of a flag that is at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value}; expected 1 or more")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ _WORD = re.compile(
 # Where 'right' and 'left' are no sides, or where turning the picture over turns more than them.
 _NO_SIDE = re.compile(
     r"\bright\s+(?:above|below|behind|beside|under|underneath|beneath|over|next|in|on|at|by|near|after|before|up|down|"
-    r"here|there|now|to\s+the\s+(?:left|right))\b|\ball\s*right\b|\bleft\s*overs?\b|\bleft\s+(?:alone|behind)\b|"
+    r"here|there|now|side\s+up|to\s+the\s+(?:left|right))\b|\b[lr][\s-]*shaped\b|\ball\s*right\b|\bleft\s*overs?\b|\bleft\s+(?:alone|behind)\b|"
     r"clock|\d\s*:\s*\d\d|\b(?:letters?|words?|text|numbers?|says|reads|reading|spells)\b",
     re.I,
 )

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -67,6 +68,8 @@ def cached(
 
 
 def _path(folder: Path, name: str, split: str, key: str) -> Path:
+    if not re.fullmatch(r"\w+", split):  # It becomes a part of a file's name.
+        raise DataError(f"{folder}: {split!r:.40} is no name of a split")
     return folder / FOLDER / f"{name}-{split}-{key}.npz"
 
 
@@ -106,6 +109,8 @@ def _write(path: Path, records: Records) -> None:
     try:
         with open(handle, "wb") as file:
             np.savez(file, **columns, coco=records.coco)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes files private.
         os.replace(temporary, path)
     except BaseException:
@@ -133,6 +138,6 @@ def _read(path: Path, split: str) -> Records | None:
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (EOFError, IndexError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         logging.warning("%s: damaged (%s), so the annotations are parsed again", path, error)
         return None

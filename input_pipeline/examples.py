@@ -39,6 +39,8 @@ def truth(records: Records, object_row: int, rule: str = masks.UNION, empty: boo
     height, width = map(int, records.sizes[image_row])
     try:
         segmentation = records.segmentations[object_row]
+        if not height * width:
+            raise DataError("the size of its picture is not known, since that cannot be read")
         mask = masks.decode(segmentation, height, width, rule)
         # Parts that cover one another leave nothing under 'exactly_one', and yet there is an object.
         visible = mask if mask.any() else masks.decode(segmentation, height, width)

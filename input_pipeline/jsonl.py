@@ -1,7 +1,8 @@
 """One's own images: a JSON Lines file, a line per object (data spec section 1).
 
-{"image": path, "mask": path | "polygons": [...] | "rle": {...}, "text": str | [str], "id": optional, "split": optional}
-Paths are relative to the folder of the file, and stay inside it.
+{"image": path, "mask": path | "polygons": [...] | "rle": {...}, "text": str | [str], "split": optional, "type": optional}
+Paths are relative to the folder of the file, and stay inside it. What else a line has is left alone; the number of the line
+is the object's.
 """
 
 from __future__ import annotations
@@ -85,12 +86,12 @@ class _Shapes(Sequence[list | dict]):
             with Image.open(shape) as opened:
                 if opened.format == "JPEG":
                     raise ValueError("JPEG blurs the borders of masks; write PNG")
-                pixels = np.asarray(
-                    opened.convert("L") if opened.mode not in ("1", "L", "I", "I;16") else opened
-                )
-        except (OSError, ValueError, SyntaxError) as error:
+                grey = opened.mode in ("1", "L", "I", "I;16")
+                # Not by way of "L", which makes the darkest colours black.
+                pixels = np.asarray(opened) > 0 if grey else np.asarray(opened.convert("RGB")).any(-1)
+        except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
             raise DataError(f"{shape}: not a readable mask ({error})") from error
-        return masks.encode((pixels > 0).astype(np.uint8))
+        return masks.encode(pixels.astype(np.uint8))
 
 
 def wrong_lines(root: str) -> list[str]:
@@ -199,7 +200,10 @@ def _inside(path: Path, name: Any, key: str, where: str) -> Path:
     if not isinstance(name, str) or not name:
         raise DataError(f"{where}: '{key}' must be a path, found {name!r:.40}")
     root = path.parent.resolve()
-    found = (root / name).resolve()
+    try:
+        found = (root / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{where}: '{key}' is {name!r:.60}, which is no path ({error})") from error
     if not found.is_relative_to(root):
         raise DataError(f"{where}: '{key}' is '{name}', which leads out of {root}")
     return found
@@ -210,5 +214,5 @@ def _size(image: str) -> tuple[int, int]:
     try:
         with Image.open(image) as opened:
             return opened.height, opened.width
-    except (OSError, ValueError, SyntaxError):
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError):
         return 0, 0

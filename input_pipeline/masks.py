@@ -135,7 +135,7 @@ def _runs(counts: bytes | str) -> int:
     that more follow; the highest bit is the sign; from the fourth number on it is the difference to the last but one.
     """
     runs, value, shift = [], 0, 0
-    for code in counts if isinstance(counts, bytes) else counts.encode():
+    for code in counts if isinstance(counts, bytes) else counts.encode(errors="replace"):
         code -= 48
         if not 0 <= code < 64 or shift > 30:
             return -1

@@ -22,16 +22,20 @@ TRAIN = "train"
 _COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpe?g")
 
 
-def splits(*, parts: Mapping[str, Mapping[str, Any]] | None = None, **_: Any) -> tuple[str, ...]:
-    """'train', then every split that a part does not train on, as 'name/split'."""
-    return (TRAIN, *(f"{name}/{split}" for name, split in _held_out(parts)))
+def splits(
+    *, root: str = "", parts: Mapping[str, Mapping[str, Any]] | None = None, **_: Any
+) -> tuple[str, ...]:
+    """'train', then every other split of every part, as 'name/split'."""
+    return (TRAIN, *(f"{name}/{split}" for name, split in _held_out(parts, root)))
 
 
 @source("mixed", splits)
 def load(
     split: str, *, root: str = "", seed: int = 0, parts: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Records:
-    """The training splits of all parts, less every picture of any other split of any of them; or one of those splits.
+    """The splits 'train' of all parts, less every picture of any other split of any of them; or one of those splits.
+
+    A part without 'train' is evaluated on, and keeps its pictures out of the training.
 
     Args: root: of the parts that name none of their own. Pictures are the same where their COCO numbers are, else where
     their files are. Raises DataError for parts that are none, and whatever they raise.
@@ -40,12 +44,14 @@ def load(
         name, _, of_part = split.partition("/")
         return _load(parts, name, of_part, root, seed)
     held_out = set()
-    for name, other in _held_out(parts):
+    for name, other in _held_out(parts, root):
         records = _load(parts, name, other, root, seed)
         held_out.update(identity(records, row) for row in np.unique(records.image_rows))
     chosen = []
     for name in parts:
-        records = _load(parts, name, _splits(parts, name)[0], root, seed)
+        if TRAIN not in _splits(parts, name, root):
+            continue
+        records = _load(parts, name, TRAIN, root, seed)
         leaks = np.zeros(len(records.images), bool)
         for row in np.unique(records.image_rows):
             leaks[row] = identity(records, row) in held_out
@@ -57,6 +63,8 @@ def load(
             )
             records = records.select(kept)
         chosen.append(records)
+    if not chosen:
+        raise DataError(f"config.data.options.parts: none of {', '.join(parts)} has a split '{TRAIN}'")
     return join(chosen, TRAIN)
 
 
@@ -124,7 +132,7 @@ class _Chain(Sequence):
         return means_nothing(*self._place(i))
 
 
-def _held_out(parts: Mapping[str, Mapping[str, Any]] | None) -> Iterator[tuple[str, str]]:
+def _held_out(parts: Mapping[str, Mapping[str, Any]] | None, root: str) -> Iterator[tuple[str, str]]:
     if not isinstance(parts, Mapping) or not parts:
         raise DataError(
             "config.data.options.parts is missing; give {name: {'source': ..., 'root': ...}, ...}"
@@ -135,12 +143,13 @@ def _held_out(parts: Mapping[str, Mapping[str, Any]] | None) -> Iterator[tuple[s
                 f"config.data.options.parts: '{name}' is {part!r}; expected a name without '/' and the 'source' of a part"
             )
     for name in parts:
-        for split in _splits(parts, name)[1:]:
-            yield name, split
+        for split in _splits(parts, name, root):
+            if split != TRAIN:
+                yield name, split
 
 
-def _splits(parts: Mapping[str, Mapping[str, Any]], name: str) -> tuple[str, ...]:
-    part = dict(parts[name])
+def _splits(parts: Mapping[str, Mapping[str, Any]], name: str, root: str) -> tuple[str, ...]:
+    part = {"root": root} | dict(parts[name])
     return registry.splits(part.pop("source"), **part)
 
 

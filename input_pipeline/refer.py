@@ -156,9 +156,13 @@ class Columns:
         self._entries: dict[str, list[tuple[dict, int, list | dict]]] = {split: [] for split in splits}
 
     def add(self, ref: dict, object_id: int, segmentation: list | dict) -> None:
-        """Adds an object and every sentence of its reference."""
+        """Adds an object and every sentence of its reference; raises DataError for a split that there is not."""
         split = get(ref, "split", str, self._file)
-        self._entries.setdefault(split, []).append((ref, object_id, segmentation))
+        if split not in self._entries:
+            raise DataError(
+                f"{self._file}: a reference is of split {split!r:.40}; expected one of {', '.join(self._entries)}"
+            )
+        self._entries[split].append((ref, object_id, segmentation))
 
     def records(self) -> dict[str, Records]:
         """All that was added, by split; raises DataError for an entry that is not what it should be."""

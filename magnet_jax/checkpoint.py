@@ -19,20 +19,24 @@ from magnet_jax.sharding import path_name
 
 
 class Checkpointer:
-    """Saves and restores `TrainState`s under `workdir/checkpoints`; keeps the latest few and the best one."""
+    """Saves and restores `TrainState`s under `workdir/checkpoints`; keeps the latest few and the best one.
 
-    def __init__(self, workdir: str | Path, keep: int = 2, read_only: bool = False):
+    score_of: what scores measure; those of something else, of the same run before, are none. Empty: whatever there is.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int = 2, read_only: bool = False, score_of: str = ""):
         self.directory = (Path(workdir) / "checkpoints").absolute()
+        self._score_of = score_of
         policies = [
             checkpoint_managers.LatestN(max(keep, 1)),
-            checkpoint_managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+            checkpoint_managers.BestN(get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False),
         ]
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 create=not read_only,
                 read_only=read_only,
-                best_fn=_score,
+                best_fn=self._score,
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=not read_only,
                 cleanup_tmp_directories=not read_only,  # What a killed run left half-written.
@@ -52,7 +56,11 @@ class Checkpointer:
         """The best score saved so far; -inf where there is none."""
         step = self._manager.best_step()
         metrics = None if step is None else self._manager.metrics(step)
-        return float("-inf") if metrics is None else _score(metrics)
+        return float("-inf") if metrics is None else self._score(metrics)
+
+    def _score(self, metrics: dict) -> float:
+        other = self._score_of and metrics.get("of", self._score_of) != self._score_of
+        return float("-inf") if other else metrics["score"]
 
     def save(self, step: int, state, meta: dict, score: float | None = None) -> None:
         """Starts saving and returns; `score` (higher is better) makes it a candidate for the best.
@@ -70,7 +78,7 @@ class Checkpointer:
                     rest=ocp.args.StandardSave(_rest(state)),
                     meta=ocp.args.JsonSave(meta),
                 ),
-                metrics=None if score is None else {"score": score},
+                metrics=None if score is None else {"score": score, "of": self._score_of},
                 force=True,
             )
 
@@ -102,10 +110,16 @@ class Checkpointer:
         """The variables of the 'latest' or 'best' checkpoint and its step, for evaluation and prediction."""
         if which not in ("latest", "best"):
             raise UserError(f"config.checkpoint.load is '{which}'; expected 'latest' or 'best'")
-        best = self._manager.best_step() if which == "best" else None
-        step = self.latest_step() if best is None else best
+        step = self.latest_step()
         if step is None:
             raise UserError(f"no checkpoint in '{self.directory}'; train first or give another --workdir")
+        if which == "best":
+            step = self._manager.best_step()
+        if step is None:
+            raise UserError(
+                f"config.checkpoint.load is 'best', but nothing was evaluated during the training in '{self.directory}' "
+                "(config.train.eval_every=0); give 'latest'"
+            )
         target = _placed(shapes, shardings)
         self._check_shapes(step, {"variables": target})
         found = self._manager.restore(
@@ -178,10 +192,6 @@ def _rest(state) -> dict:
     rest = {"step": state.step, "opt_state": state.opt_state, "seed": state.seed}
     # Where a running mean is kept, that is what `variables` has.
     return rest if state.ema is None else rest | {"params": state.params}
-
-
-def _score(metrics: dict) -> float:
-    return metrics["score"]
 
 
 def _placed(shapes, shardings):

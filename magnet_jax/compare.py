@@ -47,14 +47,20 @@ def load_both(runs: Sequence[str]) -> list[Trained]:
     if len(runs) != 2:
         raise UserError(f"--runs has {len(runs)} run directories; give two, separated by a comma")
     both = [load_trained(run) for run in runs]
-    for field in ("source", "root", "options", "image_size"):
-        first, second = (getattr(trained.config.data, field) for trained in both)
+    for field in ("source", "root", "options", "seed", "image_size"):
+        first, second = (_of_data(trained, field) for trained in both)
         if first != second:
             raise UserError(
                 f"'{runs[0]}' and '{runs[1]}' differ in config.data.{field} ({first}, {second}); "
                 "give two runs on one data set"
             )
     return both
+
+
+def _of_data(trained: Trained, field: str):
+    value = trained.config.data[field]
+    # Where a copy is kept makes no other data.
+    return {k: v for k, v in value.items() if k != "cache_dir"} if field == "options" else value
 
 
 def draw(
@@ -93,7 +99,7 @@ def compare(
     if len(labels) != len(runs) or len(set(labels)) != len(labels):
         raise UserError(f"--labels is '{','.join(labels)}'; give a name of its own to each of the runs")
     both = load_both(runs)
-    files = [Path(run) / "expressions" / f"{split}.csv" for run in runs]
+    files = [Path(run) / "compared" / f"{split}.csv" for run in runs]
     ious = np.stack([expression_ious(*each) for each in zip(both, [split] * 2, files, strict=True)])
     records = load_split(both[0].config.data, split)
     found = groups(ious, labels)

@@ -155,19 +155,23 @@ def page(answers: Answers):
     def refuse(error: Exception) -> str:
         return f"**Refused:** {error}"
 
+    def changed(picture, line):
+        """Another picture: what was found in the last one goes."""
+        return picture, picture, line, ([], None), None, "", []
+
     def upload(path):
         if path is None:
-            return None, None, ""
+            return changed(None, "")
         try:
-            picture = read_picture(path)
+            return changed(read_picture(path), "Now type what to look for.")
         except DataError as error:
-            return None, None, refuse(error)
-        return picture, picture, "Now type what to look for."
+            return changed(None, refuse(error))
 
     def choose(event: gr.SelectData):
-        return examples[event.index], examples[event.index], "Now type what to look for."
+        return changed(examples[event.index], "Now type what to look for.")
 
-    def show(picture, predictions, threshold):
+    def show(answer, threshold):
+        predictions, picture = answer  # The one they are of: there may be another on the page by now.
         if not predictions:
             return None, "", []
         masks = masks_at(predictions, threshold)
@@ -182,11 +186,11 @@ def page(answers: Answers):
         try:
             for answer in answers.find(picture, text):
                 if isinstance(answer, str):
-                    yield answer, [], None, "", []
+                    yield answer, ([], None), None, "", []
                 else:
-                    yield "", answer, *show(picture, answer, threshold)
+                    yield "", (answer, picture), *show((answer, picture), threshold)
         except DataError as error:
-            yield refuse(error), [], None, "", []
+            yield refuse(error), ([], None), None, "", []
 
     def words(picture, text):
         try:
@@ -197,7 +201,7 @@ def page(answers: Answers):
 
     with gr.Blocks(title="MagNet", analytics_enabled=False) as blocks:
         gr.Markdown("# What does the sentence mean?\nThe object of the picture that it means is marked.")
-        picture, predictions = gr.State(None), gr.State([])
+        picture, answer = gr.State(None), gr.State(([], None))
         with gr.Row():
             with gr.Column():
                 file = gr.File(
@@ -235,12 +239,12 @@ def page(answers: Answers):
         look = gr.Button("Show the map of each word of the first sentence", elem_id="look")
         maps = gr.Gallery(label="Words", columns=6, object_fit="contain", elem_id="maps")
 
-        file.upload(upload, file, [picture, shown, status])
+        outputs = [status, answer, found, said, downloads]
+        file.upload(upload, file, [picture, shown, *outputs])
         if examples:
-            gallery.select(choose, None, [picture, shown, status])
-        outputs = [status, predictions, found, said, downloads]
+            gallery.select(choose, None, [picture, shown, *outputs])
         gr.on([button.click, text.submit], find, [picture, text, threshold], outputs, concurrency_limit=1)
-        threshold.release(show, [picture, predictions, threshold], [found, said, downloads])
+        threshold.release(show, [answer, threshold], [found, said, downloads])
         look.click(words, [picture, text], [status, maps], concurrency_limit=1)
     return blocks.queue(max_size=MOST_WAITING)
 

@@ -82,6 +82,8 @@ class Evaluator:
                 f"config.eval.protocols is {tuple(config.eval.protocols)}; expected some of {PROTOCOLS}"
             )
         self.eval_step, self.tokenizer, self.config, self.mesh = eval_step, tokenizer, config, mesh
+        # A class head that was shown no absent object says nothing about absence, whatever it puts out.
+        self._asks_class = bool(config.data.get("has_absent") and config.loss.class_)
         held = rows_by_process(batch_sharding(mesh), config.eval.batch_size)
         self._rows = held.pop(jax.process_index())  # Of a batch, those on the devices of this process,
         earlier = [rows for process, rows in held.items() if process < jax.process_index()]
@@ -203,13 +205,14 @@ class Evaluator:
                     counts.original[row] = metrics.count_overlap(prediction, truth)
                     counts.has_target[row] = truth.any()
                     absent, present = output["class_logits"][i]
-                    counts.predicted_none[row] = absent > present or not prediction.any()
+                    told = self._asks_class and absent > present
+                    counts.predicted_none[row] = told or not prediction.any()
             if row in pictures:
                 prediction = upsample(outputs[""]["mask_logits"][i], batch["mask"][i].shape) > 0
                 pictures[row] = Picture(batch["image"][i], batch["mask"][i].astype(bool), prediction)
 
-    def _lines(self, records: Records, counts: Counts) -> str:
-        """CSV text: ids, sentence, and pixels and IoU of 'squash' and 'original', whose pixels 'gres' judges further."""
+    def _lines(self, records: Records, counts: Counts) -> bytes:
+        """CSV: ids, sentence, and pixels and IoU of 'squash' and 'original', whose pixels 'gres' judges further."""
         pixels = {"squash": counts.squash}
         if self._own_size:
             pixels["original"] = counts.original
@@ -227,7 +230,7 @@ class Evaluator:
                 i, u = pair[row]
                 cells += [i, u, f"{i / u if u else 0.0:.6f}"]
             writer.writerow(cells)
-        return text.getvalue()
+        return text.getvalue().encode(errors="replace")  # JSON can hold half a surrogate pair.
 
     @property
     def _own_size(self) -> bool:

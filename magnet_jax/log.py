@@ -39,7 +39,8 @@ class Log:
         self._mark = (time.perf_counter(), step)
 
     def train(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of progress: speed, time left, learning rate and every loss term (means since the last line)."""
+        """One line of progress: speed, time left, learning rate and every loss term (means since the last line,
+        or the last checkpoint)."""
         now = time.perf_counter()
         seconds, steps = max(now - self._mark[0], 1e-9), step - self._mark[1]
         self._mark = (now, step)

@@ -1,7 +1,6 @@
 """Learning-rate schedules and the optax chain."""
 
 import functools
-import re
 from collections.abc import Callable
 
 import jax
@@ -11,7 +10,7 @@ import optax.contrib
 from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
-from magnet_jax.sharding import path_name
+from magnet_jax.sharding import compile_pattern, path_name
 
 Schedule = Callable[[int], jax.Array]
 
@@ -107,16 +106,21 @@ def scale_by_stacked_muon() -> optax.GradientTransformation:
 
 def decay_mask(params, no_decay: tuple[str, ...]):
     """A tree like `params` of bool: True where no expression of `no_decay` is found in the parameter's name."""
+    patterns = [compile_pattern(pattern, "optimizer.no_decay") for pattern in no_decay]
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not any(re.search(pattern, path_name(path)) for pattern in no_decay), params
+        lambda path, _: not any(pattern.search(path_name(path)) for pattern in patterns), params
     )
 
 
 def _scale_by_name(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+    factors = [
+        (compile_pattern(pattern, "optimizer.lr_multipliers"), factor) for pattern, factor in multipliers
+    ]
+
     def scale(updates, params=None):
         def one(path, update):
-            for pattern, factor in multipliers:
-                if re.search(pattern, path_name(path)):
+            for pattern, factor in factors:
+                if pattern.search(path_name(path)):
                     return update * factor
             return update
 

@@ -73,7 +73,8 @@ def write_portable(trained: Trained, folder: str | Path) -> None:
 
 
 def _own_config(trained: Trained) -> ConfigDict:
-    """The configuration of what is in the folder: no weights to start from, no losses whose heads are not there."""
+    """The configuration of what is in the folder: no weights to start from, no losses whose heads are not there, and no
+    devices."""
     config, network = trained.config.copy_and_resolve_references(), trained.network
     for kind in config.init:
         config.init[kind] = ""
@@ -81,4 +82,6 @@ def _own_config(trained: Trained) -> ConfigDict:
         config.loss.grounding = 0.0
     if network.text_projection is None and not network.model.has_text_embedding:
         config.loss.alignment = 0.0
+    config.mesh, config.sharding = (("data", -1),), ((".*", "replicate"),)
+    config.parallelism, config.cpu_devices = "jit", 1
     return config

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from input_pipeline import DataError, masks, ops
+from input_pipeline import DataError, Tokenizer, masks, ops
 from input_pipeline.jsonl import read_questions
 from magnet_jax import visualize
 from magnet_jax.errors import UserError
@@ -119,7 +119,7 @@ def _answers(
     """Of each pair in order its prediction, or why there is none."""
     for start in range(0, len(pairs), batch_size):
         some = pairs[start : start + batch_size]
-        opened = [_opened(image, text) for image, text in some]
+        opened = [_opened(image, text, predictor.trained.tokenizer) for image, text in some]
         whole = [
             (image, text)
             for image, (_, text) in zip(opened, some, strict=True)
@@ -130,10 +130,9 @@ def _answers(
             yield path, text, image if isinstance(image, DataError) else next(predictions)
 
 
-def _opened(image: Path, text: str) -> Image.Image | DataError:
+def _opened(image: Path, text: str, tokenizer: Tokenizer) -> Image.Image | DataError:
     try:
-        if not text.strip():
-            raise DataError(f"{image}: the sentence is empty; write what to look for")
+        tokenizer.encode([text])  # Refuses what has no words, of which some is not even white space.
         return ops.open_image(image, upright=True)
     except DataError as error:
         return error

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -115,6 +116,12 @@ def joined(place: Place, patience: float) -> Iterator[None]:
             raise UserError(gone) from error
         raise
     watch.close()
+
+
+def end_on_sigterm() -> None:
+    """Lets SIGTERM end this process from now on: JAX only notes it, for a loop that asks at every step."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @dataclasses.dataclass

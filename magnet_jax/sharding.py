@@ -23,6 +23,10 @@ def make_mesh(axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | N
     """A mesh with the named axes over all devices; at most one size may be -1 (the rest)."""
     devices = jax.devices() if devices is None else devices
     names, sizes = [name for name, _ in axes], [size for _, size in axes]
+    if any(size != -1 and size < 1 for size in sizes):
+        raise UserError(
+            f"config.mesh is {tuple(map(tuple, axes))}; expected sizes of 1 or more, or -1 for the rest"
+        )
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) == 1 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
@@ -57,14 +61,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def state_sharding(shapes, mesh: Mesh, rules: Sequence[tuple[str, str]]):
     """A tree like `shapes` of NamedSharding, by the first rule whose expression is found in the array's name."""
 
+    compiled = [(compile_pattern(pattern, "sharding"), tactic) for pattern, tactic in rules]
+
     def place(path, leaf):
         name = path_name(path)
-        for pattern, tactic in rules:
-            if re.search(pattern, name):
+        for pattern, tactic in compiled:
+            if pattern.search(name):
                 return NamedSharding(mesh, _spec(tactic, leaf, mesh))
         raise UserError(f"config.sharding has no rule for '{name}'; end it with ('.*', 'replicate')")
 
     return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def compile_pattern(pattern: str, field: str) -> re.Pattern:
+    """A regular expression of a field of the configuration; raises UserError where it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(
+            f"config.{field} has '{pattern}', which is no regular expression ({error}); '.*' is everything"
+        ) from error
 
 
 def path_name(path) -> str:

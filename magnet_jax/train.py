@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import input_pipeline
-from input_pipeline import Augmentation, Loader
+from input_pipeline import Augmentation, Loader, Tokenizer
 from magnet_jax import visualize
 from magnet_jax import workdir as run_files
 from magnet_jax.checkpoint import Checkpointer, has_variables
@@ -28,6 +28,7 @@ from magnet_jax.log import Log, flatten
 from magnet_jax.network import build_network
 from magnet_jax.optim import make_optimizer
 from magnet_jax.parallelism import jit_eval_step, jit_init, make_parallelism
+from magnet_jax.processes import end_on_sigterm
 from magnet_jax.sharding import make_mesh, state_sharding
 from magnet_jax.table import table
 from magnet_jax.train_step import configured_train_step, init_state
@@ -40,6 +41,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
     A run that was stopped anywhere and started again ends with the same parameters, bit for bit, as one that was not.
     Raises UserError for a configuration that cannot work or is not that of `workdir`, and for a loss that is not finite.
     """
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"config.seed is {config.seed}; expected 0 to {2**32 - 1}")
     # ------------------------------------------------------------------------------------------------ run directory
     workdir = Path(workdir)
     if has_variables(workdir):
@@ -54,6 +57,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
         if config.data.has_absent is None:  # Looked for below, when the run began.
             config.data.has_absent = own.data.get("has_absent")
         run_files.check_same_config(workdir, config)
+        check_same_words(workdir, tokenizer)
     mesh = make_mesh(config.mesh)
     check_batch_size("data", config, mesh)
     check_batch_size("eval", config, mesh)
@@ -104,7 +108,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     run_files.wait_for_run(workdir)
     keep_compiled(workdir)
 
-    checkpointer = Checkpointer(workdir, config.checkpoint.keep)
+    checkpointer = Checkpointer(workdir, config.checkpoint.keep, score_of=score_name(config))
     start_step = checkpointer.latest_step() or 0
     log = Log(workdir, start_step, total_steps, config.data.batch_size, active=first_process)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes.params))
@@ -140,7 +144,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
     loader.start_step = start_step
     best = checkpointer.best_score()
     stop = _StopSignal()
-    unread = []  # Metrics of the steps since the last log line, still on the device.
+    unread = []  # Metrics of the steps since the last log line or checkpoint, still on the device.
+    left_out = 0.0  # Examples since the last log line; means begin anew at a checkpoint, as in a run that goes on from it.
 
     def read_metrics() -> dict[str, float]:
         """Means since the last reading (the last learning rate), after making sure that every step's were finite."""
@@ -157,12 +162,9 @@ def train(config: ConfigDict, workdir: str) -> dict:
                     "lower config.optimizer.learning_rate or config.optimizer.clip_norm"
                 )
         if not rows:
-            return {}
+            return {"left_out": 0.0}
         means = {name: float(np.mean([row[name] for _, row in rows])) for name in rows[0][1]}
-        left_out = sum(float(row["left_out"]) for _, row in rows)
-        del means["left_out"]
-        if left_out:  # A number, not a mean, and only where there is something to say.
-            means["left_out"] = left_out
+        means["left_out"] = sum(float(row["left_out"]) for _, row in rows)  # A number, not a mean.
         return means | {"learning_rate": float(rows[-1][1]["learning_rate"])}
 
     def save(step: int, score: float | None = None) -> None:
@@ -183,24 +185,31 @@ def train(config: ConfigDict, workdir: str) -> dict:
                 jax.block_until_ready(metrics)
                 log.start_clock(step)
             if step in (1, total_steps) or step % config.train.log_every == 0:
-                log.train(step, read_metrics())
+                means = read_metrics()
+                left_out, means["left_out"] = 0.0, left_out + means["left_out"]
+                if not means["left_out"]:  # Only where there is something to say.
+                    del means["left_out"]
+                log.train(step, means)
 
             score = None
-            if config.train.eval_every and step % config.train.eval_every == 0 and step < total_steps:
+            every = config.train.eval_every
+            # The last step, whose own evaluation follows, is a candidate for the best, too.
+            if every and (step % every == 0 or step == total_steps):
                 results, pictures = evaluator(
                     parallelism.to_global(state).variables,
                     config.data.monitor_split,
                     config.eval.monitor_examples,
-                    config.eval.panels,
+                    config.eval.panels * (step < total_steps),
                 )
                 score = best_score(results, config)
-                log.evaluation(step, config.data.monitor_split, results, best=score > best)
-                write_panels(log, workdir, step, config.data.monitor_split, pictures)
+                if step < total_steps:
+                    log.evaluation(step, config.data.monitor_split, results, best=score > best)
+                    write_panels(log, workdir, step, config.data.monitor_split, pictures)
 
             stopping = stop.asked(step)
             improved = score is not None and score > best
             if improved or stopping or step % config.checkpoint.every_steps == 0 or step == total_steps:
-                read_metrics()
+                left_out += read_metrics()["left_out"]
                 save(step, score)
                 best = max(best, score) if score is not None else best
             if improved or stopping or score is not None:
@@ -239,6 +248,15 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def check_same_words(workdir: Path, tokenizer: Tokenizer) -> None:
+    """Raises UserError where the numbers of a run's words would now mean other words."""
+    learnt = Tokenizer(str(workdir / "tokenizer"), tokenizer.max_length).vocab
+    if any(learnt.get(piece) != number for piece, number in tokenizer.vocab.items()):
+        raise UserError(
+            f"config.data.vocab is another vocabulary than '{workdir / 'tokenizer'}', which the run knows; give that one"
+        )
+
+
 def check_splits(config: ConfigDict) -> None:
     """Raises UserError for a split to evaluate that the data have not, which would else show hours later."""
     data = config.data
@@ -263,6 +281,11 @@ def best_score(results: dict, config: ConfigDict) -> float:
     figures = flatten(results)
     check_best_metric(config, figures)
     return figures[config.checkpoint.best_metric]
+
+
+def score_name(config: ConfigDict) -> str:
+    """What `best_score` measures: scores of something else are not compared with it."""
+    return f"{config.checkpoint.best_metric} on {config.eval.monitor_examples} of {config.data.monitor_split}"
 
 
 def write_panels(log: Log, workdir: Path, step: int, split: str, pictures: list) -> None:
@@ -303,6 +326,8 @@ class _StopSignal:
     def __exit__(self, *_):
         if self._catches:
             signal.signal(signal.SIGTERM, self._former)
+        elif self._several:
+            end_on_sigterm()
 
     def asked(self, step: int) -> bool:
         """Whether to stop after this step; the same answer on every process."""

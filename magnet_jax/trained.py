@@ -60,6 +60,8 @@ def load_trained(workdir: str | Path, config: ConfigDict | None = None) -> Train
                 "--workdir to use these weights, or leave the field empty to use the run's"
             )
         config = with_vocabulary(initial.with_imported_sizes(config, own)[0], tokenizer)
+        if config.data.get("has_absent") is None:
+            config.data.has_absent = own.data.get("has_absent")
     mesh = make_mesh(config.mesh)
     network = build_network(config)
     init = functools.partial(init_state, network, optax.identity(), config.seed, batch_shapes(config))

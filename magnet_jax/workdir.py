@@ -1,6 +1,6 @@
 """The run directory: configuration, history, results; each file is whole or absent.
 
-config.json  tokenizer/  checkpoints/  compiled/  metrics.jsonl  results.json  expressions/  curves.png  panels/
+config.json  tokenizer/  checkpoints/  compiled/  metrics.jsonl  results.json  expressions/  compared/  curves.png  panels/
 events.out.tfevents.*
 """
 

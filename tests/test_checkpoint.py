@@ -138,3 +138,23 @@ def test_best_is_loaded_on_demand(tmp_path):
         np.testing.assert_array_equal(
             variables["params"]["layer"]["kernel"], state.params["layer"]["kernel"] * step
         )
+
+
+def test_scores_of_something_else_are_none(tmp_path):
+    shapes, shardings = placed("replicate")
+    state = jax.jit(init, out_shardings=shardings)()
+    for step, name, score in ((1, "oIoU", 0.9), (2, "mIoU", 0.5)):
+        checkpointer = Checkpointer(tmp_path, score_of=name)
+        assert checkpointer.best_score() == float("-inf")
+        checkpointer.save(step, state, {}, score)
+        checkpointer.wait()
+        assert checkpointer.best_score() == score
+        checkpointer.close()
+    assert Checkpointer(tmp_path, read_only=True, score_of="mIoU")._manager.best_step() == 2
+
+
+def test_best_where_nothing_was_evaluated_is_said(saved):
+    workdir, _ = saved
+    shapes, shardings = placed("replicate")
+    with pytest.raises(UserError, match="nothing was evaluated during the training"):
+        Checkpointer(workdir, read_only=True).restore_variables(shapes.variables, shardings.variables, "best")

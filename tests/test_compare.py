@@ -63,7 +63,7 @@ def test_of_two_runs(runs, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     ious = []
     for run in runs:
-        (file,) = (module.Path(run) / "expressions").glob("*.csv")
+        (file,) = (module.Path(run) / "compared").glob("*.csv")
         rows = list(csv.DictReader(io.StringIO(file.read_text())))
         ious.append([float(row["squash IoU"]) for row in rows])
         results = json.loads((module.Path(run) / "results.json").read_text())
@@ -105,4 +105,16 @@ def test_what_cannot_be_compared_is_one_line(runs, tmp_path, capsys):
     with tiny_network():
         found = fails(f"--runs={runs[0]},{other}", f"--output={tmp_path}/x.png")
     assert "differ in config.data.options" in found
+    config = json.loads(file.read_text())
+    config["data"]["seed"] += 1
+    (other / "config.json").write_text(json.dumps(config))
+    with tiny_network():
+        assert "differ in config.data.seed" in fails(
+            f"--runs={runs[0]},{other}", f"--output={tmp_path}/x.png"
+        )
+    config["data"]["seed"] -= 1
+    config["data"]["options"]["cache_dir"] = str(tmp_path)
+    (other / "config.json").write_text(json.dumps(config))
+    with tiny_network():
+        module.load_both([runs[0], str(other)])  # Where data are kept makes no difference.
     assert not (tmp_path / "x.png").exists()

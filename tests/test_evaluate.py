@@ -73,7 +73,8 @@ def test_figures_do_not_depend_on_the_batch_size(batch_size):
 
 
 def test_figures_equal_a_plain_loop():
-    config = config_with(data__image_size=48)  # Not the images' own size, so that the protocols differ.
+    # Not the images' own size, so that the protocols differ.
+    config = config_with(data__image_size=48, data__has_absent=True)
     results, _ = Evaluator(text_step, tokenizer(), config, MESH)(None, "val")
     records = input_pipeline.load("shapes", "val", seed=0, **config.data.options)
     loader = input_pipeline.Loader(records, tokenizer(), batch_size=1, image_size=(48, 48))
@@ -98,6 +99,16 @@ def test_figures_equal_a_plain_loop():
     i, u = np.array(original).T
     assert results["gres"]["gIoU"] == pytest.approx(100 * np.mean(np.where(nothing, 0, i / u)))
     assert results["gres"]["T-acc"] == pytest.approx(100 * np.mean(~np.array(nothing)))
+
+
+@pytest.mark.parametrize("fields", [{}, {"data__has_absent": True, "loss__class_": 0.0}])
+def test_a_class_head_that_learnt_nothing_of_absence_is_not_asked(fields):
+    def absent_step(params, batch):
+        output = truth_step(params, batch)
+        return output | {"class_logits": output["class_logits"][:, ::-1]}
+
+    results, _ = Evaluator(absent_step, tokenizer(), config_with(**fields), MESH)(None, "val")
+    assert results["gres"]["gIoU"] == results["gres"]["T-acc"] == 100.0
 
 
 def test_shuffled_pass_gives_each_image_the_partners_sentence():

@@ -30,6 +30,7 @@ from input_pipeline.shapes_scene import Dice
         ("it's the man's cup", "it's the man's cup"),
         ("blue circle", "blue circle"),
         ("alright guy", "alright guy"),
+        ("right side of the bowl", "left side of the bowl"),
     ],
 )
 def test_left_and_right_are_exchanged(text, expected):
@@ -166,3 +167,8 @@ ALL = Augmentation(flip=0.5, jitter=0.3, crop=0.5)
 def test_impossible_values_are_named(field, value):
     with pytest.raises(DataError, match=f"config.data.augment.{field} is {value}; expected a number from"):
         Augmentation(**{field: value})
+
+
+@pytest.mark.parametrize("text", ["L shaped couch", "the l-shaped desk", "right side up bowl"])
+def test_shapes_named_by_letters_are_not_mirrored(text):
+    assert mirrored(text) is None

@@ -130,3 +130,17 @@ def test_generalised_masks_are_kept_too(tmp_path):
     first, second = (list(input_pipeline.load("grefcoco", "val", root=str(root))) for _ in range(2))
     assert first == second
     assert any(record.segmentation == [] for record in second)
+
+
+def test_a_file_that_was_cut_to_nothing_is_parsed_again(tmp_path, parsings):
+    write_tree(tmp_path)
+    first = list(load(tmp_path))
+    for file in (tmp_path / "refcoco" / "parsed").iterdir():
+        file.write_bytes(b"")
+    assert list(load(tmp_path)) == first
+    assert len(parsings) == 2
+
+
+def test_names_of_splits_lead_nowhere(tmp_path):
+    with pytest.raises(DataError, match="is no name of a split"):
+        caching.cached(tmp_path, "refs", "../x", [], dict)

@@ -1,13 +1,14 @@
 """Files of one's own that are not quite right: every wrong line is named, and nothing is a traceback."""
 
 import json
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import input_pipeline
-from input_pipeline import DataError
+from input_pipeline import DataError, Loader, Tokenizer, masks
 from input_pipeline.__main__ import main
 from magnet_jax.errors import UserError
 from magnet_jax.train import train
@@ -99,3 +100,42 @@ def test_a_vocabulary_from_the_command_line(tmp_path, capsys):
     assert not input_pipeline.Tokenizer(str(out)).unknown_words(LINE["text"])
     assert main(["vocabulary", f"--root={tmp_path / 'none.jsonl'}", f"--out={out}"]) == 1
     assert "none.jsonl" in capsys.readouterr().err
+
+
+def test_paths_that_are_none_and_files_that_are_bombs_are_wrong_lines(tmp_path, capsys):
+    bomb = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00"
+    (tmp_path / "bomb.png").write_bytes(
+        bomb + zlib.crc32(bomb[12:]).to_bytes(4, "big") + b"\x00\x00\x00\x00IDAT"
+    )
+    path = write_lines(tmp_path, LINE, LINE | {"image": "a\x00.png"}, LINE | {"image": "a\ud800.png"})
+    assert main(["prepare", "--source=jsonl", f"--root={path}"]) == 1
+    assert [line.split(": ")[0][-1] for line in capsys.readouterr().out.splitlines()] == ["2", "3"]
+    path = write_lines(tmp_path, LINE | {"image": "bomb.png"}, LINE | {"mask": "bomb.png"})
+    assert load(path)[0].height == 0
+    with pytest.raises(DataError, match="bomb.png: not a readable mask"):
+        _ = load(path)[1].segmentation
+
+
+def test_every_colour_but_black_is_of_the_object(tmp_path):
+    path = write_lines(tmp_path, LINE)
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[2:5, 3:7], pixels[8, 9] = (1, 0, 0), (0, 0, 4)
+    for picture in (Image.fromarray(pixels), Image.fromarray(pixels).quantize(4)):
+        picture.save(tmp_path / "mask.png")
+        found = masks.decode(load(path)[0].segmentation, 20, 30)
+        np.testing.assert_array_equal(found, pixels.any(-1))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_missing_picture_in_which_nothing_is_meant_is_left_out(tmp_path, train):
+    nothing = {"image": "gone.png", "polygons": [], "text": "the cup"}
+    path = write_lines(tmp_path, LINE, nothing)
+    tokenizer = Tokenizer("shapes", 8)
+    loader = Loader(
+        load(path), tokenizer, batch_size=2, image_size=(16, 16), seed=0, train=train, max_bad_share=0.5
+    )
+    batch = next(iter(loader))
+    assert sorted(zip(batch["index"].tolist(), batch["valid"].tolist(), strict=True)) == [
+        (0, True),
+        (1, False),
+    ]

@@ -119,3 +119,29 @@ def test_parts_share_a_root_unless_they_have_one(tmp_path):
 def test_parts_that_are_none(parts, message):
     with pytest.raises(DataError, match=message):
         load("train", parts)
+
+
+def test_a_part_without_training_is_evaluated_and_kept_out(tmp_path):
+    square = {"polygons": [[0, 0, 4, 0, 4, 4]]}
+    for number in (0, 1):
+        Image.new("RGB", (8, 6), (90 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    for name, lines in {
+        "own": [{"image": "0.png", "text": "a"}, {"image": "1.png", "text": "b"}],
+        "held": [{"image": "1.png", "text": "c", "split": "val"}],
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(line | square) for line in lines))
+    parts = {name: {"source": "jsonl", "root": str(tmp_path / f"{name}.jsonl")} for name in ("own", "held")}
+    assert input_pipeline.splits("mixed", parts=parts) == ("train", "held/val")
+    assert [record.text for record in load("train", parts)] == ["a"]
+    assert [record.text for record in load("held/val", parts)] == ["c"]
+    with pytest.raises(DataError, match="none of held has a split 'train'"):
+        load("train", {"held": parts["held"]})
+
+
+def test_parts_without_a_root_of_their_own_have_that_of_the_whole(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "0.png")
+    line = {"image": "0.png", "text": "a", "polygons": [[0, 0, 4, 0, 4, 4]]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line))
+    parts = {"own": {"source": "jsonl"}}
+    assert input_pipeline.splits("mixed", root=str(tmp_path), parts=parts) == ("train",)
+    assert [record.text for record in load("train", parts, root=str(tmp_path))] == ["a"]

@@ -203,3 +203,13 @@ def test_an_object_of_another_picture_is_refused(tmp_path):
         DataError, match=r"object 8 is said to be in image 100, but .*instances.json has it in image 101"
     ):
         load(tmp_path)
+
+
+def test_a_split_is_one_of_those_there_are_and_writes_nowhere_else(tmp_path):
+    for split in ("/x", "/../../../evil", "test\x00", "half \ud83d"):
+        write_tree(tmp_path, refs=[*REFS, ref(8, 101, split, sentence(90, "a"))])
+        with pytest.raises(
+            DataError, match="a reference is of split .* expected one of train, val, testA, testB"
+        ):
+            load(tmp_path)
+        assert not (tmp_path / "refcoco" / "parsed").exists()

@@ -73,6 +73,21 @@ def test_eval_needs_only_the_workdir_and_agrees_with_training(run):
     assert json.loads((workdir / "results.json").read_text()) == trained
 
 
+def test_fields_of_a_run_are_changed_without_its_configuration(run):
+    workdir, _ = run
+    former = (workdir / "results.json").read_bytes()
+    fields = (
+        "--config.eval.protocols=('squash',)",
+        "--config.eval.examples=2",
+        "--config.checkpoint.load=best",
+    )
+    cli("--mode=eval", f"--workdir={workdir}", *fields, check=True)
+    results = json.loads((workdir / "results.json").read_text())
+    (workdir / "results.json").write_bytes(former)
+    assert results["val"]["squash"]["count"] == 2
+    assert "original" not in results["val"]
+
+
 def test_predict_writes_overlay_and_mask_of_the_images_size(run, scene, tmp_path):
     output = tmp_path / "new" / "out.png"
     text = "--text=the red circle"
@@ -114,6 +129,7 @@ def test_predict_numbers_several_sentences_and_warns(run, scene, tmp_path):
         ([CONFIG, "--wrkdir=x"], ["wrkdir"]),
         ([CONFIG, "eval"], ["'eval' is not a flag"]),
         ([], ["--config is missing"]),
+        (["--config.seed=1"], ["--config is missing, and --workdir holds no run"]),
         (["--mode=eval"], ["no run in"]),
     ],
 )

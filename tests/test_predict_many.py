@@ -123,3 +123,14 @@ def test_what_is_wrong_is_one_line(listed, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "fingerprint", lambda _: "other")
     with pytest.raises(UserError, match="predictions of another network"):
         predict_many("run", str(file), [], out)
+
+
+def test_a_sentence_without_words_costs_itself_alone(listed, tmp_path, capsys):
+    file, _ = listed
+    lines = [{"image": "0.png", "text": "\u200b"}, {"image": "1.png", "text": TEXTS[0]}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert predict_many("run", str(file), [], str(tmp_path / "out")) == 1
+    first, second = lines_of(tmp_path / "out")
+    assert "has no words" in first["error"]
+    assert second["text"] == TEXTS[0]
+    assert "rle" in second

@@ -79,3 +79,11 @@ def test_a_tactic_is_an_axis():
 def test_names_join_keys_and_fields():
     tree = {"a": [np.zeros(1), {"b": np.zeros(1)}]}
     assert [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)] == ["a/0", "a/1/b"]
+
+
+def test_expressions_and_sizes_that_are_none():
+    mesh = make_mesh((("data", -1),))
+    with pytest.raises(UserError, match=r"config.sharding has '\*', which is no regular expression"):
+        state_sharding({"a": shape(2)}, mesh, (("*", "fsdp"),))
+    with pytest.raises(UserError, match="expected sizes of 1 or more"):
+        make_mesh((("data", 0), ("fsdp", -1)))

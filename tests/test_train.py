@@ -1,6 +1,7 @@
 """The training loop on a tiny network: files, exact resume, divergence, configurations."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from input_pipeline import Tokenizer
 from magnet_jax import train as train_module
 from magnet_jax.checkpoint import Checkpointer
 from magnet_jax.errors import UserError
 from magnet_jax.log import Log
-from magnet_jax.train import train
+from magnet_jax.train import check_same_words, train
+from magnet_jax.trained import load_trained
 from magnet_jax.workdir import History, load_config
 from tests.tiny import tiny_config, tiny_network
 
@@ -242,6 +245,27 @@ def test_other_configuration_is_refused_and_named(finished):
     assert (workdir / "config.json").read_bytes() == before
 
 
+def test_another_vocabulary_of_as_many_words_is_refused(finished, tmp_path):
+    workdir, _ = finished
+    words = (workdir / "tokenizer" / "vocab.txt").read_text().split("\n")
+    words[10], words[11] = words[11], words[10]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = tiny_config()
+    config.data.vocab = str(workdir / "tokenizer" / "vocab.txt")
+    assert check_same_words(workdir, Tokenizer(config.data.vocab, 16)) is None
+    with pytest.raises(UserError, match="is another vocabulary than"):
+        check_same_words(workdir, Tokenizer(str(tmp_path / "vocab.txt"), 16))
+
+
+def test_whether_absence_is_known_comes_from_the_run_whatever_configuration_is_given(tmp_path, finished):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    own = json.loads((workdir / "config.json").read_text())
+    own["data"]["has_absent"] = True
+    (workdir / "config.json").write_text(json.dumps(own))
+    assert load_trained(workdir).knows_absence
+    assert load_trained(workdir, tiny_config()).knows_absence
+
+
 def test_fields_that_leave_training_alone_may_change(finished):
     workdir, _ = finished
     config = tiny_config()
@@ -263,6 +287,9 @@ def test_fields_that_leave_training_alone_may_change(finished):
             "squash/IoU",
             r"best_metric is 'squash/IoU'; expected one of squash/oIoU, squash/mIoU",
         ),
+        ("seed", -1, r"config.seed is -1; expected 0 to 4294967295"),
+        ("mesh", (("data", 0), ("fsdp", -1)), r"config.mesh is .*; expected sizes of 1 or more"),
+        ("optimizer.no_decay", ("*",), r"config.optimizer.no_decay has '\*', which is no regular expression"),
         ("init.magnet", "nowhere", r"config.init.magnet is 'nowhere'.*convert weights with it first"),
         ("init.swin", "nowhere", r"config.init.swin is 'nowhere'.*convert weights with it first"),
         ("init.lavt", "nowhere", r"config.init.lavt does not fit config.model.name 'magnet'"),
@@ -301,7 +328,7 @@ def test_best_checkpoint_survives(tmp_path):
     config.train.eval_every = 2
     config.checkpoint.keep = 1
     config.checkpoint.every_steps = 100
-    scores = iter([10.0, 30.0, 20.0, 25.0, 5.0])
+    scores = iter([10.0, 30.0, 20.0, 25.0, 5.0, 7.0])
     with mock.patch.object(train_module, "best_score", side_effect=scores):
         train(config, tmp_path)
     checkpointer = Checkpointer(tmp_path, read_only=True)
@@ -310,11 +337,21 @@ def test_best_checkpoint_survives(tmp_path):
     assert checkpointer.best_score() == 30.0
 
 
+def test_the_last_step_may_be_the_best(tmp_path):
+    config = tiny_config()
+    config.train.eval_every = 5
+    with mock.patch.object(train_module, "best_score", side_effect=iter([10.0, 20.0, 30.0])):
+        train(config, tmp_path)
+    assert Checkpointer(tmp_path, read_only=True)._manager.best_step() == 12
+    logged = [row["step"] for row in History(tmp_path).read() if "val/squash/oIoU" in row]
+    assert logged == [5, 10, 12]  # The last one once, of the whole split.
+
+
 def test_best_score_is_remembered_over_a_restart(tmp_path):
     config = every_step(tiny_config())
     config.train.eval_every = 2
     config.checkpoint.every_steps = 1
-    scores = iter([50.0, 40.0, 30.0, 60.0, 20.0])
+    scores = iter([50.0, 40.0, 30.0, 60.0, 20.0, 10.0])
     with mock.patch.object(train_module, "best_score", side_effect=scores):
         with stop_at(5, lambda: signal.raise_signal(signal.SIGTERM)):
             train(config, tmp_path)
