@@ -159,3 +159,7 @@ def test_upload_type_and_see_the_mask(browser, address, tmp_path):
     assert len(browser.find_elements("css selector", "#downloads a[download]")) >= 4
     one("#look").click()
     wait_for(lambda: len(browser.find_elements("css selector", "#maps img")) >= 6, "maps of the words")
+    # Another picture: what was found in the last one is gone.
+    browser.find_elements("css selector", "#examples button img")[-1].click()
+    wait_for(lambda: not one("#said").text, "the answers to go")
+    wait_for(lambda: not browser.find_elements("css selector", "#found img"), "the masks to go")

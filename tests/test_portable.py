@@ -14,6 +14,7 @@ from magnet_jax import portable
 from magnet_jax.errors import UserError
 from magnet_jax.network import Network
 from magnet_jax.predict import Predictor
+from magnet_jax.sharding import make_mesh
 from magnet_jax.train import train
 from magnet_jax.trained import load_trained
 from tests.test_predict import TEXTS, pictures, trained
@@ -126,3 +127,13 @@ def test_a_network_without_heads_for_training_comes_back(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found.variables, alone.variables)
     with pytest.raises(UserError, match="holds an exported network"):
         train(found.config, tmp_path / "net")
+
+
+def test_devices_of_the_training_stay_behind(exported):
+    network, _ = exported
+    config = network.config.copy_and_resolve_references()
+    config.mesh, config.sharding = (("data", 2), ("fsdp", 8)), ((".*", "fsdp"),)
+    config.cpu_devices, config.parallelism = 16, "pmap"
+    own = portable._own_config(dataclasses.replace(network, config=config))
+    assert make_mesh(own.mesh).size == jax.device_count()
+    assert (own.sharding, own.cpu_devices, own.parallelism) == (((".*", "replicate"),), 1, "jit")
