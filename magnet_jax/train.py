@@ -222,6 +222,8 @@ def train(config: ConfigDict, workdir: str) -> dict:
 
     # --------------------------------------------------------------------------------------------- final evaluation
     checkpointer.wait()
+    if jax.process_count() > 1:
+        end_on_sigterm()  # All is saved.
     variables, results = parallelism.to_global(state).variables, {}
     for split in config.data.eval_splits:
         results[split], pictures = evaluator(
@@ -326,8 +328,6 @@ class _StopSignal:
     def __exit__(self, *_):
         if self._catches:
             signal.signal(signal.SIGTERM, self._former)
-        elif self._several:
-            end_on_sigterm()
 
     def asked(self, step: int) -> bool:
         """Whether to stop after this step; the same answer on every process."""
