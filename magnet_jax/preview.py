@@ -20,8 +20,6 @@ def preview(config: ConfigDict, split: str, n: int) -> tuple[np.ndarray, int]:
     Of the split that is trained on, the first ones of the training, changed at random and with hidden words as they will
     be; of any other, ones from all over it. Raises DataError as the data do, and UserError as the configuration does.
     """
-    if n < 1:
-        raise DataError(f"--n is {n}; expected at least 1")
     tokenizer = Tokenizer(config.data.vocab, config.data.max_words)
     config = with_vocabulary(config, tokenizer)
     records = input_pipeline.load_split(config.data, split)

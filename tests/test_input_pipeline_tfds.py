@@ -181,7 +181,11 @@ def test_all_data_sets_and_partitions_go_in(tmp_path):
     root = odd_tree(tmp_path / "tree")
     plain = (root / "refcoco" / "refs(unc).p").read_bytes()
     content = json.loads((root / "refcoco" / "instances.json").read_text())
-    (root / "refcoco" / "refs(google).p").write_bytes(plain)
+    google = [
+        ref | {"split": ref["split"].replace("testA", "test").replace("testB", "test")}
+        for ref in pickle.loads(plain)
+    ]
+    (root / "refcoco" / "refs(google).p").write_bytes(pickle.dumps(google))
     (root / "refcoco+").mkdir()
     (root / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps(pickle.loads(plain)[:3]))
     content["annotations"].append(content["annotations"][0] | {"id": 500, "image_id": 100})

@@ -129,7 +129,6 @@ def test_show_from_the_command_line(tmp_path, capsys):
             "the configuration has no field 'colour'",
         ),
         (["show", "--config=configs/debug.py", "--colour=1"], "Unknown command line flag 'colour'"),
-        (["show", "--config=configs/debug.py", "--n=0"], "error: --n is 0; expected at least 1"),
         (["show", "--config=configs/debug.py", "--split=none"], "has no split 'none'; it has: train, val"),
         (["show", "--config=configs/own.py"], "error: weights/bert: no such vocabulary"),
         (
@@ -142,6 +141,15 @@ def test_show_from_the_command_line(tmp_path, capsys):
 def test_wrong_flags_are_one_line(capsys, flags, message):
     assert main(flags) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flag", ["--n=0", "--n=-3"])
+def test_no_examples_are_no_number_of_examples(capsys, flag):
+    with pytest.raises(SystemExit, match="2"):
+        main(["show", "--config=configs/debug.py", flag])
+    name, value = flag.split("=")
+    line = f"error: argument {name}: {value}; expected 1 or more"
+    assert line in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_nothing_to_show_says_why(tmp_path):
