@@ -85,7 +85,7 @@ def test_usual_pictures_fill_the_lanes():
     cells = cells_for(USUAL, 8, 32)
     assert (cells.strips, cells.blocks, cells.lanes) == (30, 20, 32)
     assert (len(cells.order.rows), cells.order.used.sum()) == (19200, 19125)
-    assert [rows.length for rows in cells.rows] == [16, 24, 24, 24]
+    assert [rows.length for rows in cells.rows] == [13, 14, 15, 18]
     assert [columns.length for columns in cells.columns] == [16, 16, 16, 16]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from magnet_jax.models.window_tiles import Shape
-from magnet_jax.models.windows import COLUMNS, TILE_ROWS
+from magnet_jax.models.windows import COLUMNS
 
 _FAR = 1e30
 
@@ -86,7 +87,7 @@ def _hat(distance: jax.Array) -> jax.Array:
 
 
 def hats(samples, down, shape: Shape, level: int) -> list[jax.Array]:
-    """Writes those along the rows, times the weights, to `down` `[P, rows, lanes]`.
+    """Writes those along the rows, times the weights, to `down` `[P, rows, lanes]` of the level.
 
     Returns those along the columns, `[16, lanes]` of every point.
     """
@@ -99,12 +100,39 @@ def hats(samples, down, shape: Shape, level: int) -> list[jax.Array]:
     return across
 
 
-def matrix_of(down, across: list[jax.Array], tile: int, dtype) -> jax.Array:
-    """The products of a tile, summed over the points: `[pixels of a tile, lanes]`."""
+def products(down, across: list[jax.Array], rows: range, dtype) -> jax.Array:
+    """The matrix of some rows of a window: the products of hats, summed over the points, `[rows * 16, lanes]`."""
     parts = []
-    for row in range(tile * TILE_ROWS, (tile + 1) * TILE_ROWS):
+    for row in rows:
         total = down[0, row : row + 1, :] * across[0]
         for point in range(1, len(across)):
             total += down[point, row : row + 1, :] * across[point]
-        parts.append(total.astype(dtype))
-    return jnp.concatenate(parts)
+        parts.append(total)
+    return jnp.concatenate(parts).astype(dtype)
+
+
+def neighbours(at: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two pixels between which a place is, of its own if it is one and the next: the even one, and the odd one."""
+    half = 0.5 * at
+    return 2 * jnp.floor(half + 0.5), 2 * jnp.floor(half) + 1
+
+
+def by_samples_of(samples, corners, shape: Shape) -> jax.Array:
+    """Gradients by the samples of a group, as they are laid out, of those by the four pixels around each.
+
+    corners: those of the even row and of the odd one, `[2 * samples, lanes]`, the even column's before the odd one's.
+    """
+    x, y, weights = (samples[shape.kind(kind)] for kind in range(3))
+    (x_even, x_odd), (y_even, y_odd) = neighbours(x), neighbours(y)
+    (even_even, even_odd), (odd_even, odd_odd) = (
+        [corners[row][pl.ds(column, shape.samples, stride=2), :] for column in range(2)] for row in range(2)
+    )
+    from_x, from_y = jnp.abs(x - x_even), jnp.abs(y - y_even)
+    even_row, odd_row = (a + from_x * (b - a) for a, b in ((even_even, even_odd), (odd_even, odd_odd)))
+    even_column, odd_column = (a + from_y * (b - a) for a, b in ((even_even, odd_even), (even_odd, odd_odd)))
+    by_x = weights * (x_odd - x_even) * (odd_column - even_column)
+    by_y = weights * (y_odd - y_even) * (odd_row - even_row)
+    by_weights = even_row + from_y * (odd_row - even_row)
+    if shape.offsets:
+        by_weights = weights * (by_weights - (weights * by_weights).sum(0, keepdims=True))
+    return jnp.concatenate([by_x, by_y, by_weights])

@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from magnet_jax.models.window_memory import Words, in_pairs
 from magnet_jax.models.windows import COLUMNS, TILE_ROWS, Cells, heads_together
 
 PIXELS = TILE_ROWS * COLUMNS  # Of a tile.
@@ -82,36 +83,30 @@ class Shape:
 
 
 def for_all_tiles(shape: Shape, run) -> None:
-    """`run(group, level, tile)` for the tiles of a strip; those of all groups together, so that units need not wait."""
-
-    def of_tile(level, tile):
-        for group in range(shape.groups):
-            run(group, level, tile)
-
+    """`run(level, tile)` for the tiles of a strip."""
     for level, rows in enumerate(shape.cells.rows):
-        jax.lax.fori_loop(
-            0, rows.padded // TILE_ROWS, lambda tile, _, level=level: of_tile(level, tile), None
-        )
+        in_pairs(rows.padded // TILE_ROWS, lambda tile, parity, _, level=level: run(level, tile, parity))
 
 
-def read_tile(maps, shape: Shape, group: int, level: int, tile, first) -> jax.Array:
-    """A tile of a map, from a column on: `[pixels of a tile, width]`. What is beyond the map is zero."""
+def read_tile(maps, wide: Words, shape: Shape, group: int, level: int, tile, first) -> jax.Array:
+    """A tile of a map, from a column on, an even one: `[pixels of a tile, width]`. What is beyond the map is zero.
+
+    wide: memory of its own for two tiles.
+    """
     rows, columns = shape.cells.rows[level], shape.cells.columns[level]
-    packed = 4 // maps.dtype.itemsize  # Rows that share a sublane.
-    parts = []
-    for row in range(TILE_ROWS):
-        at = shape.cells.starts[level] + (tile * TILE_ROWS + row) * columns.padded
-        if columns.padded == COLUMNS:
-            parts.append(maps[0, pl.ds(pl.multiple_of(at, COLUMNS), COLUMNS), shape.channels_of(group)])
-            continue
-        # Memory is read from multiples of 16 rows on: twice as much, turned until the first one is in front.
-        from_left = jax.lax.rem(first, COLUMNS)
-        at = pl.multiple_of(at + first - from_left, COLUMNS)
-        part = maps[0, pl.ds(at, 2 * COLUMNS), shape.channels_of(group)]
-        words = pltpu.bitcast(part, jnp.uint32) if packed == 2 else part
-        turn = jax.lax.div(jax.lax.rem(2 * COLUMNS - from_left, 2 * COLUMNS), packed)
-        words = pltpu.roll(words, turn, 0)[: COLUMNS // packed]
-        parts.append(pltpu.bitcast(words, maps.dtype) if packed == 2 else words)
+    # Read are twice as many pixels from a multiple of 16 on, and of these, in memory that allows it, the 16.
+    width = 2 * COLUMNS if columns.padded > COLUMNS else COLUMNS
+    from_left = jax.lax.rem(first, COLUMNS) if columns.padded > COLUMNS else 0
+    starts = [
+        shape.cells.starts[level] + (tile * TILE_ROWS + row) * columns.padded for row in range(TILE_ROWS)
+    ]
+    parts = [
+        maps[0, pl.ds(pl.multiple_of(start + first - from_left, COLUMNS), width), shape.channels_of(group)]
+        for start in starts
+    ]
+    if width > COLUMNS:
+        wide.write(0, jnp.concatenate(parts), PIXELS)
+        parts = [wide.read(row * width + from_left, COLUMNS, 2) for row in range(TILE_ROWS)]
     values = jnp.concatenate(parts)
     if rows.padded > rows.size or columns.padded == COLUMNS > columns.size:
         pixel = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
@@ -121,20 +116,24 @@ def read_tile(maps, shape: Shape, group: int, level: int, tile, first) -> jax.Ar
     return values
 
 
-def add_tile(by_maps, by_tile: jax.Array, shape: Shape, group: int, level: int, tile, first, new) -> None:
-    """Adds a tile's gradient to that of the map: what `read_tile` reads, the other way round.
+def add_tile(by_maps, by_tiles: list[jax.Array], shape: Shape, level: int, tile, first, new) -> None:
+    """Adds the gradients of a tile, of every group, to those of the map: what `read_tile` reads, the other way round.
 
     From the column `new` on nothing has been written before.
     """
     width = shape.cells.columns[level].padded
-    for row in range(TILE_ROWS):
-        at, size = shape.cells.starts[level] + (tile * TILE_ROWS + row) * width, COLUMNS
-        part, aligned = by_tile[row * COLUMNS : (row + 1) * COLUMNS], 0
-        if width > COLUMNS:
-            from_left = jax.lax.rem(first, COLUMNS)
-            at, size, aligned = at + first - from_left, 2 * COLUMNS, first - from_left
-            part = pltpu.roll(jnp.concatenate([part, jnp.zeros_like(part)]), from_left, 0)
-        rows = pl.ds(pl.multiple_of(at, COLUMNS), size)
-        column = aligned + jax.lax.broadcasted_iota(jnp.int32, part.shape, 0)
-        before = by_maps[0, rows, shape.channels_of(group)]
-        by_maps[0, rows, shape.channels_of(group)] = part + jnp.where(column < new, before, 0.0)
+    sums = []
+    for group, by_tile in enumerate(by_tiles):
+        for row in range(TILE_ROWS):
+            at, size = shape.cells.starts[level] + (tile * TILE_ROWS + row) * width, COLUMNS
+            part, aligned = by_tile[row * COLUMNS : (row + 1) * COLUMNS], 0
+            if width > COLUMNS:
+                from_left = jax.lax.rem(first, COLUMNS)
+                at, size, aligned = at + first - from_left, 2 * COLUMNS, first - from_left
+                part = pltpu.roll(jnp.concatenate([part, jnp.zeros_like(part)]), from_left, 0)
+            place = 0, pl.ds(pl.multiple_of(at, COLUMNS), size), shape.channels_of(group)
+            column = aligned + jax.lax.broadcasted_iota(jnp.int32, part.shape, 0)
+            sums.append((place, part + jnp.where(column < new, by_maps[place], 0.0)))
+    # All are read before one is written, as nobody but us knows that these rows are not the same.
+    for place, total in sums:
+        by_maps[place] = total

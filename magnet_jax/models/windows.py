@@ -6,7 +6,7 @@ levels together, read one window of every level, in which the sum of a query is 
 every sample is outside the map or in its query's window, which the kernels find out.
 
 Columns of cells are 'strips'. A window is 16 columns wide, from an even one on (a sublane holds two numbers of 16 bits), and
-some tiles of 8 rows high: together the 128 lanes of a matrix unit.
+as high as it needs to be. Maps are read in tiles of 8 rows by 16 columns: the 128 lanes of a matrix unit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REACH = (
     5  # Pixels of its level that a sample may at least be away from its query: an untrained one is up to 4.
 )
 LANES = 128
-TILE_ROWS, COLUMNS = 8, 16  # Of a window's tile.
+TILE_ROWS, COLUMNS = 8, 16  # Of a tile; a window is as wide.
 _HEADS = 4  # At most so many heads lie side by side in the lanes.
 
 Levels = tuple[tuple[int, int], ...]
@@ -41,6 +41,11 @@ class Windows:
     length: int
     size: int  # Pixels of the level,
     padded: int  # and with what is read beyond them.
+
+    @property
+    def tiles(self) -> int:
+        """Of the windows of rows: how many tiles one of them can be in."""
+        return int((self.first % TILE_ROWS + self.length - 1).max()) // TILE_ROWS + 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,7 +165,7 @@ def _outside(position: float, cell: int) -> float:
 
 def _windows(at: np.ndarray, cell: np.ndarray, cells: int, size: int, axis: int) -> Windows:
     """Windows that reach far enough from all queries of a cell; `at`: where queries are, in pixels of the level."""
-    step = 2 if axis else TILE_ROWS
+    step = 2 if axis else 1
     bounds = [
         (at[cell == i].min(), at[cell == i].max()) if (cell == i).any() else (0, 0) for i in range(cells)
     ]
@@ -168,9 +173,11 @@ def _windows(at: np.ndarray, cell: np.ndarray, cells: int, size: int, axis: int)
     first = np.clip(np.floor(low - REACH), 0, size - 1).astype(np.int32) // step * step
     last = np.clip(np.floor(high + REACH) + 1, 0, size - 1)
     length = int((last - first).max()) + 1
-    length = max(length, COLUMNS) if axis else -(-length // TILE_ROWS) * TILE_ROWS
+    length = max(length, COLUMNS) if axis else length
     padded = max(-(-size // step) * step, length)
     first = np.minimum(first, padded - length)
-    if axis:  # Read are two times 16 columns that have the window in them.
-        padded = COLUMNS if padded == COLUMNS else int(first.max() // COLUMNS + 2) * COLUMNS
+    if not axis:
+        padded = -(-padded // TILE_ROWS) * TILE_ROWS
+    elif padded != COLUMNS:  # Read are two times 16 columns that have the window in them.
+        padded = int(first.max() // COLUMNS + 2) * COLUMNS
     return Windows(first, length, size, padded)
