@@ -8,7 +8,7 @@ import pytest
 from configs import debug
 from magnet_jax.models import alignment
 from magnet_jax.models.alignment import Gate, ImageAlignment, LanguageAlignment, PixelWordAttention
-from magnet_jax.models.layers import Dense, gelu
+from magnet_jax.models.layers import Dense, gelu, relu
 from magnet_jax.models.norms import instance_norm
 from magnet_jax.network import build_model
 
@@ -261,7 +261,7 @@ def gate_gradients(gate, params, r):
     return gradient, norms
 
 
-@pytest.mark.parametrize("activation", [gelu, jax.nn.relu])
+@pytest.mark.parametrize("activation", [gelu, relu])
 def test_an_open_gate_is_closed_at_first_and_learns(activation):
     r = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
     gate = Gate("open", activation)
@@ -307,7 +307,7 @@ def test_gates_of_the_network(gate_init, starts):
     for side, start in starts.items():
         gates = getattr(bound, side)
         assert [gate.start for gate in gates] == [start] * 4
-        assert {gate.activation for gate in gates} == {gelu if side == "image_gate" else jax.nn.relu}
+        assert {gate.activation for gate in gates} == {gelu if side == "image_gate" else relu}
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3)), words, words)["params"]
     assert {f"{side}_{k}" for side in starts for k in range(4)} <= set(shapes)
 

@@ -8,7 +8,15 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from magnet_jax.hlo_text import COLLECTIVES, cost
-from magnet_jax.models.layers import Dense, adaptive_average_pool, batch_split_by, resize_align_corners
+from magnet_jax.models.layers import (
+    Dense,
+    adaptive_average_pool,
+    add_bias,
+    add_position,
+    batch_split_by,
+    relu,
+    resize_align_corners,
+)
 from magnet_jax.sharding import batch_sharding, make_mesh
 
 
@@ -137,3 +145,38 @@ def test_resize_align_corners(size, new):
             lower = x[:, bottom, left] * (1 - z + left) + x[:, bottom, right] * (z - left)
             expected[:, i, j] = upper * (1 - y + top) + lower * (y - top)
     np.testing.assert_allclose(resize_align_corners(x, new), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sums_have_the_gradients_of_plain_ones(dtype):
+    """What comes back goes on to x as it is, and is added up in float32 for the bias and for the table."""
+    rng = np.random.default_rng(0)
+    x, target = (jnp.asarray(rng.normal(size=(3, 50, 6)), dtype) for _ in range(2))
+    bias, table, fixed = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in (6, (4, 6), (50, 6)))
+    which = rng.integers(0, 3, 50)  # Nobody has the last one.
+
+    def both(add, *arrays):
+        result, pull = jax.vjp(add, *arrays)
+        return result, *pull(target)
+
+    found = both(add_bias, x, bias)
+    expected = jax.vjp(lambda x, bias: x + bias.astype(dtype), x, bias)[0]
+    np.testing.assert_array_equal(found[0], expected)
+    np.testing.assert_array_equal(found[1], target)
+    assert found[2].dtype == jnp.float32
+    np.testing.assert_allclose(found[2], np.float64(target).sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+    found = both(lambda x, table: add_position(x, fixed, table, which), x, table)
+    np.testing.assert_array_equal(found[0], x + (fixed + table[which]).astype(dtype))
+    np.testing.assert_array_equal(found[1], target)
+    assert found[2].dtype == jnp.float32
+    for row in range(4):
+        expected = np.float64(target)[:, which == row].sum((0, 1))
+        np.testing.assert_allclose(found[2][row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_relu_is_that_of_jax():
+    x = jnp.asarray([-2.0, -0.0, 0.0, 1e-30, 3.0, jnp.inf, -jnp.inf, jnp.nan])
+    found, expected = (jax.vjp(f, x) for f in (relu, jax.nn.relu))
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1](x + 7), expected[1](x + 7))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax.models.layers import Dense, linear, xavier_uniform, zeros
+from magnet_jax.models.layers import Dense, add_bias, linear, xavier_uniform, zeros
 from magnet_jax.models.sampling import pixel_centres, sample, sample_in_cells
 
 
@@ -59,7 +59,7 @@ class DeformableAttention(nn.Module):
             kernels, biases = zip(offsets.parameters(channels), logits.parameters(channels), strict=True)
             kernel = jnp.concatenate([kernels[0][:, ::2], kernels[0][:, 1::2], kernels[1]], 1)
             bias = jnp.concatenate([biases[0][::2], biases[0][1::2], biases[1]])
-            out = sample_in_cells(value, linear(query, kernel, bias), shapes, heads)
+            out = sample_in_cells(value, add_bias(linear(query, kernel, None), bias), shapes, heads)
         else:
             value = value.reshape(batch, queries, heads, channels // heads)
             x, y = jnp.moveaxis(offsets(query).reshape(batch, queries, heads, samples, 2), -1, 0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from magnet_jax.models.alignment import Gate, PixelWordAttention
 from magnet_jax.models.bert import Bert, attention_bias
-from magnet_jax.models.layers import Remat, fan_in_dense, fan_in_uniform, resize_align_corners
+from magnet_jax.models.layers import Remat, fan_in_dense, fan_in_uniform, relu, resize_align_corners
 from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.output import Output
 from magnet_jax.models.swin import Swin
@@ -51,7 +51,7 @@ class ConvDecoder(nn.Module):
                     axis_name=None if self.is_initializing() else self.batch_axis,
                     name=f"norm{i}_{level}",
                 )
-                y = nn.relu(norm(y, use_running_average=not train))
+                y = relu(norm(y, use_running_average=not train))
         return y, fan_in_dense(2, width, dtype=self.dtype, name="classes")(y).astype(jnp.float32)
 
 
@@ -82,7 +82,7 @@ class Lavt(nn.Module):
         self.image_fusion = [
             PixelWordAttention(heads, "instance", self.fusion_dropout, dtype) for heads in self.fusion_heads
         ]
-        self.image_gate = [Gate(gate, nn.relu, dtype) for _ in range(4)]
+        self.image_gate = [Gate(gate, relu, dtype) for _ in range(4)]
         self.image_norm = [LayerNorm() for _ in range(4)]
         self.decoder = ConvDecoder(dtype, self.batch_axis)
 

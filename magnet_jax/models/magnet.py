@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from magnet_jax.models.alignment import Gate, ImageAlignment, LanguageAlignment, mean_of_words
 from magnet_jax.models.bert import Bert, attention_bias
-from magnet_jax.models.layers import Remat, fan_in_dense, gelu
+from magnet_jax.models.layers import Remat, fan_in_dense, gelu, relu
 from magnet_jax.models.mask_predictor import MaskPredictor
 from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.output import Output
@@ -59,7 +59,7 @@ class MagNet(nn.Module):
         self.image_norm = [LayerNorm() for _ in range(4)]
         if self.alignment:
             self.text_fusion = [LanguageAlignment(self.language_fusion, dtype) for _ in range(4)]
-            self.text_gate = [Gate("zero" if released else "open", nn.relu, dtype) for _ in range(4)]
+            self.text_gate = [Gate("zero" if released else "open", relu, dtype) for _ in range(4)]
             self.text_norm = [LayerNorm() for _ in range(4)]
         self.decoder = PixelDecoder(**self.pixel_decoder, dtype=dtype, remat=remat)
         self.predictor = MaskPredictor(**self.mask_predictor, dtype=dtype)

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.models.attention import attend
-from magnet_jax.models.layers import Dense, fan_in_dense, resize_half_pixel, sine_position, xavier_uniform
+from magnet_jax.models.layers import (
+    Dense,
+    fan_in_dense,
+    relu,
+    resize_half_pixel,
+    sine_position,
+    xavier_uniform,
+)
 from magnet_jax.models.norms import LayerNorm
 
 
@@ -54,7 +61,7 @@ class PredictorLayer(nn.Module):
         query = state + query_position
         y = Attention(self.heads, self.dtype, name="self_attn")(query, query, state)
         state = LayerNorm(name="self_norm")(state + y)
-        y = nn.relu(Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(state))
+        y = relu(Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(state))
         y = Dense(state.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="fc2")(y)
         return LayerNorm(name="mlp_norm")(state + y)
 
@@ -92,7 +99,7 @@ class MaskPredictor(nn.Module):
 
         def predict(state):
             h = norm(state)[:, 0]
-            embedding = mask_head[2](nn.relu(mask_head[1](nn.relu(mask_head[0](h)))))
+            embedding = mask_head[2](relu(mask_head[1](relu(mask_head[0](h)))))
             masks = jnp.einsum("bc,bhwc->bhw", embedding, mask_features, preferred_element_type=jnp.float32)
             return masks, class_head(h).astype(jnp.float32)
 

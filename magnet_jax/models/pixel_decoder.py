@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax.models.deformable import DeformableAttention
-from magnet_jax.models.layers import Dense, Remat, kaiming_uniform, sine_position, xavier_uniform
+from magnet_jax.models.layers import (
+    Dense,
+    Remat,
+    add_position,
+    kaiming_uniform,
+    relu,
+    sine_position,
+    xavier_uniform,
+)
 from magnet_jax.models.norms import GroupNorm, LayerNorm
 from magnet_jax.models.order import arrange, restore
 from magnet_jax.models.sampling import automatic, cells_for
@@ -18,7 +26,10 @@ from magnet_jax.models.windows import Levels
 
 
 class PixelDecoderLayer(nn.Module):
-    """Post-norm encoder layer: deformable attention and a ReLU MLP. source, position `[B, S, C]` -> `[B, S, C]`."""
+    """Post-norm encoder layer: deformable attention and a ReLU MLP. source `[B, S, C]` -> `[B, S, C]`.
+
+    position: what `add_position` adds to the source for the query.
+    """
 
     heads: int
     points: int
@@ -32,8 +43,8 @@ class PixelDecoderLayer(nn.Module):
         attention = DeformableAttention(
             self.heads, self.points, self.sampling, self.dtype, self.in_cells, name="attn"
         )
-        source = LayerNorm(name="norm1")(source + attention(source + position, source, shapes))
-        y = nn.relu(Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(source))
+        source = LayerNorm(name="norm1")(source + attention(add_position(source, *position), source, shapes))
+        y = relu(Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(source))
         y = Dense(source.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="fc2")(y)
         return LayerNorm(name="norm2")(source + y)
 
@@ -70,23 +81,27 @@ class PixelDecoder(nn.Module):
             x = feature.reshape(batch, height * width, feature.shape[-1])
             x = Dense(self.channels, kernel_init=xavier_uniform, dtype=self.dtype, name=f"input_{i}")(x)
             sources.append(GroupNorm(self.groups, name=f"input_norm_{i}")(x))
-            positions.append(sine_position(height, width, self.channels) + level_embedding[i])
+            positions.append(sine_position(height, width, self.channels))
         source = jnp.concatenate(sources, 1)
-        position = jnp.concatenate(positions).astype(self.dtype)
+        sizes = [height * width for height, width in shapes]
+        position, level = jnp.concatenate(positions), np.repeat(np.arange(len(sizes)), sizes)
         form = self.form(tuple(shapes))
         cells = (
             cells_for(tuple(shapes), self.heads, self.channels // self.heads) if form == "windows" else None
         )
         if cells is not None:  # All layers in the order that sampling wants.
-            source, position = arrange(source, cells.order), position[cells.order.rows]
+            rows = cells.order.rows
+            source, position, level = arrange(source, cells.order), position[rows], level[rows]
         block = self.remat(PixelDecoderLayer, "decoder", static=3)
         fields = (self.heads, self.points, self.feedforward, form, self.dtype, cells is not None)
         for i in range(self.layers):
-            source = block(*fields, name=f"layer_{i}")(source, position, tuple(shapes))
+            source = block(*fields, name=f"layer_{i}")(
+                source, (position, level_embedding, level), tuple(shapes)
+            )
         if cells is not None:
             source = restore(source, cells.order)
 
-        ends = np.cumsum([height * width for height, width in shapes])[:-1]
+        ends = np.cumsum(sizes)[:-1]
         refined = [
             part.reshape(batch, *shape, self.channels)
             for part, shape in zip(jnp.split(source, ends, 1), shapes, strict=True)
