@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from magnet_jax.models.window_memory import in_pairs
+
 LANES = 128
 _MEMORY = 60 * 2**20  # Bytes of a TPU's fast memory, at most.
 
@@ -57,7 +59,7 @@ def _forward_kernel(width: int, scale: float, kinds, qkv, bias, masks, out):
     channels = out.shape[-1]
     kind = kinds[pl.program_id(1)]
 
-    def of_group(group, _):
+    def of_group(group, *_):
         query, key, value = (_group(qkv, part, group, channels) for part in range(3))
         query = (query.astype(jnp.float32) * scale).astype(query.dtype)
         total = jnp.zeros(query.shape, jnp.float32)
@@ -69,14 +71,14 @@ def _forward_kernel(width: int, scale: float, kinds, qkv, bias, masks, out):
             total += _dot(weights.astype(value.dtype), _own(value, head, width), (1, 0)) / sums
         out[:, pl.ds(pl.multiple_of(group * LANES, LANES), LANES)] = total.astype(out.dtype)
 
-    jax.lax.fori_loop(0, channels // LANES, of_group, None)
+    in_pairs(channels // LANES, of_group)
 
 
 def _backward_kernel(width: int, scale: float, kinds, qkv, bias, masks, gradient, by_qkv, by_bias):
     channels, dtype = gradient.shape[-1], gradient.dtype
     first, kind = (pl.program_id(0) == 0) & (pl.program_id(1) == 0), kinds[pl.program_id(1)]
 
-    def of_group(group, _):
+    def of_group(group, *_):
         query, key, value = (_group(qkv, part, group, channels) for part in range(3))
         query = (query.astype(jnp.float32) * scale).astype(query.dtype)
         by_out = _group(gradient, 0, group, channels)
@@ -99,7 +101,7 @@ def _backward_kernel(width: int, scale: float, kinds, qkv, bias, masks, gradient
             at = pl.multiple_of(part * channels + group * LANES, LANES)
             by_qkv[:, pl.ds(at, LANES)] = found.astype(dtype)
 
-    jax.lax.fori_loop(0, channels // LANES, of_group, None)
+    in_pairs(channels // LANES, of_group)
 
 
 def forward(qkv, bias, mask, scale: float, interpret: bool = False) -> jax.Array:
