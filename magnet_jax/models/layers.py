@@ -199,7 +199,8 @@ def _relu_forward(x):
 
 
 def _relu_backward(y, gradient):
-    return (jnp.where(y > 0, gradient, 0),)
+    # XLA sees that max(x, 0) > 0 is x > 0, and would keep x, or a mask made of it, after all.
+    return (jnp.where(jax.lax.optimization_barrier(y) > 0, gradient, 0),)
 
 
 relu.defvjp(_relu_forward, _relu_backward)
