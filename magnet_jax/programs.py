@@ -120,7 +120,7 @@ def random_batch(program: Program, config: ConfigDict, seed: int = 0) -> dict[st
 
 
 def count_flops(jaxpr) -> int:
-    """FLOPs of matrix products and convolutions of a program, bodies of scans as often as they run.
+    """FLOPs of matrix products and convolutions of a program, bodies of scans, and kernels, as often as they run.
 
     A product of [m, k] and [k, n] is 2 m k n. What is computed again for the backward pass (remat) counts again; of
     branches counts the cheapest: that samples are products on some platforms is no work that the network asks for.
@@ -136,6 +136,8 @@ def count_flops(jaxpr) -> int:
             out_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_features
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        if equation.primitive.name == "pallas_call":
+            times = math.prod(equation.params["grid_mapping"].grid)
         inner = [count_flops(jaxpr) for jaxpr in _inner_jaxprs(equation.params)]
         total += times * (min(inner) if equation.primitive.name == "cond" else sum(inner))
     return total

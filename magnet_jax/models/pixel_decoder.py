@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax.models.deformable import DeformableAttention
+from magnet_jax.models.feed_forward import feed_forward
 from magnet_jax.models.layers import (
     Dense,
     Remat,
     add_position,
     kaiming_uniform,
-    relu,
     sine_position,
     xavier_uniform,
 )
@@ -44,9 +44,10 @@ class PixelDecoderLayer(nn.Module):
             self.heads, self.points, self.sampling, self.dtype, self.in_cells, name="attn"
         )
         source = LayerNorm(name="norm1")(source + attention(add_position(source, *position), source, shapes))
-        y = relu(Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")(source))
-        y = Dense(source.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="fc2")(y)
-        return LayerNorm(name="norm2")(source + y)
+        fc1 = Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")
+        fc2 = Dense(source.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="fc2")
+        parameters = *fc1.parameters(source.shape[-1]), *fc2.parameters(self.feedforward)
+        return LayerNorm(name="norm2")(source + feed_forward(source.astype(self.dtype), *parameters))
 
 
 class PixelDecoder(nn.Module):
