@@ -28,11 +28,11 @@ class Words:
         self._packed = words.dtype != dtype
 
     @classmethod
-    def memory(cls, shape: tuple[int, ...], dtype):
+    def memory(cls, shape: tuple[int, int], dtype):
         """What a kernel needs for them."""
-        *outer, rows, lanes = shape
+        rows, lanes = shape
         packed = jnp.dtype(dtype).itemsize == 2
-        return pltpu.VMEM((*outer, rows // 2 if packed else rows, lanes), jnp.uint32 if packed else dtype)
+        return pltpu.VMEM((rows // 2 if packed else rows, lanes), jnp.uint32 if packed else dtype)
 
     def _rows(self, start, count: int, multiple: int):
         if self._packed:

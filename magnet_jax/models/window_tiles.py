@@ -83,7 +83,7 @@ class Shape:
 
 
 def for_all_tiles(shape: Shape, run) -> None:
-    """`run(level, tile)` for the tiles of a strip."""
+    """`run(level, tile, parity)` for the tiles of a strip, see `in_pairs`."""
     for level, rows in enumerate(shape.cells.rows):
         in_pairs(rows.padded // TILE_ROWS, lambda tile, parity, _, level=level: run(level, tile, parity))
 
