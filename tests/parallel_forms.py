@@ -20,7 +20,7 @@ import numpy as np
 from configs import debug
 from configs.lavt_refcoco import use_lavt
 from magnet_jax import sharding
-from magnet_jax.models import feed_forward, lavt, magnet, mask_predictor
+from magnet_jax.models import lavt, magnet, mask_predictor, pixel_decoder
 from magnet_jax.network import build_network
 from magnet_jax.optim import make_optimizer
 from magnet_jax.parallelism import make_parallelism
@@ -101,7 +101,7 @@ def main(name, out):
     sharding.FSDP_MIN_BYTES = 0  # Nothing here is large.
     # The derivative of a ReLU jumps: a value that rounding of 1e-7 carries across zero changes a gradient by 1e-3. Which
     # of 100,000 values lies there is chance, not the form, so the networks are compared with a smooth activation.
-    for module in (feed_forward, lavt, magnet, mask_predictor):
+    for module in (lavt, magnet, mask_predictor, pixel_decoder):
         module.relu = nn.softplus
     arrays = {}
     for form in FORMS:

@@ -16,6 +16,7 @@ from magnet_jax.models.layers import (
     Remat,
     add_position,
     kaiming_uniform,
+    relu,
     sine_position,
     xavier_uniform,
 )
@@ -46,8 +47,12 @@ class PixelDecoderLayer(nn.Module):
         source = LayerNorm(name="norm1")(source + attention(add_position(source, *position), source, shapes))
         fc1 = Dense(self.feedforward, kernel_init=xavier_uniform, dtype=self.dtype, name="fc1")
         fc2 = Dense(source.shape[-1], kernel_init=xavier_uniform, dtype=self.dtype, name="fc2")
-        parameters = *fc1.parameters(source.shape[-1]), *fc2.parameters(self.feedforward)
-        return LayerNorm(name="norm2")(source + feed_forward(source.astype(self.dtype), *parameters))
+        if self.in_cells:  # On TPUs, where hidden values had better not be kept.
+            parameters = *fc1.parameters(source.shape[-1]), *fc2.parameters(self.feedforward)
+            y = feed_forward(source.astype(self.dtype), *parameters)
+        else:
+            y = fc2(relu(fc1(source)))
+        return LayerNorm(name="norm2")(source + y)
 
 
 class PixelDecoder(nn.Module):
