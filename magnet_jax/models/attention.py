@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax.models import attention_kernels
-from magnet_jax.models.layers import on_each_device
+from magnet_jax.models.kernel_parts import on_tpu
 
 _LANES = 128  # Of a TPU's registers and of its matrix unit.
 
@@ -165,8 +165,4 @@ def _on_tpu(by_kernel, other, *arrays):
     *of_examples, bias = arrays
     if not attention_kernels.fits(len(bias), of_examples[0].shape[-1] // 3):
         by_kernel = other
-
-    def on_device(*arrays):
-        return jax.lax.platform_dependent(*arrays, tpu=by_kernel, default=other)
-
-    return on_each_device(on_device, *of_examples, shared=(bias,))
+    return on_tpu(by_kernel, other, *of_examples, shared=(bias,))

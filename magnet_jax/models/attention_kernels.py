@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from magnet_jax.models.window_memory import in_pairs
+from magnet_jax.models.kernel_parts import dot, in_pairs
 
 LANES = 128
 _MEMORY = 60 * 2**20  # Bytes of a TPU's fast memory, at most.
@@ -39,16 +39,9 @@ def _own(array: jax.Array, head: int, width: int) -> jax.Array:
     return jnp.where(own, array.astype(jnp.float32), 0.0).astype(array.dtype)
 
 
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Products of two matrices over an axis of each, float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    contracted = ((axes[:1], axes[1:]), ((), ()))
-    return jax.lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _exponentials(query, key, bias, mask) -> tuple[jax.Array, jax.Array]:
     """Of the logits, and their sums: `[N, N]` and `[N, 1]` float32."""
-    logits = _dot(query, key, (1, 1)) + bias
+    logits = dot(query, key, (1, 1)) + bias
     if mask is not None:
         logits += mask
     exponentials = jnp.exp(logits - logits.max(1, keepdims=True))
@@ -68,7 +61,7 @@ def _forward_kernel(width: int, scale: float, kinds, qkv, bias, masks, out):
             weights, sums = _exponentials(
                 _own(query, head, width), key, own, None if masks is None else masks[kind]
             )
-            total += _dot(weights.astype(value.dtype), _own(value, head, width), (1, 0)) / sums
+            total += dot(weights.astype(value.dtype), _own(value, head, width), (1, 0)) / sums
         out[:, pl.ds(pl.multiple_of(group * LANES, LANES), LANES)] = total.astype(out.dtype)
 
     in_pairs(channels // LANES, of_group)
@@ -90,13 +83,13 @@ def _backward_kernel(width: int, scale: float, kinds, qkv, bias, masks, gradient
                 own_query, key, bias[number], None if masks is None else masks[kind]
             )
             weights /= sums
-            by_value += _dot(weights.astype(dtype), own_by_out, (0, 0))
-            by_weights = _dot(own_by_out, value, (1, 1))
+            by_value += dot(weights.astype(dtype), own_by_out, (0, 0))
+            by_weights = dot(own_by_out, value, (1, 1))
             by_logits = weights * (by_weights - (weights * by_weights).sum(1, keepdims=True))
             by_bias[number] = by_logits + jnp.where(first, 0.0, by_bias[number])
             by_logits = by_logits.astype(dtype)
-            by_query += _dot(by_logits, _own(key, head, width), (1, 0))
-            by_key += _dot(by_logits, own_query, (0, 0))
+            by_query += dot(by_logits, _own(key, head, width), (1, 0))
+            by_key += dot(by_logits, own_query, (0, 0))
         for part, found in enumerate((by_query * scale, by_key, by_value)):
             at = pl.multiple_of(part * channels + group * LANES, LANES)
             by_qkv[:, pl.ds(at, LANES)] = found.astype(dtype)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from magnet_jax.models.layers import linear, on_each_device, relu
+from magnet_jax.models.kernel_parts import dot, on_tpu
+from magnet_jax.models.layers import linear, relu
 
 _LANES = 128
 _ROWS = 512  # Of a block, at most.
@@ -62,11 +63,7 @@ def _on_tpu(by_kernel, other, arrays, parameters: Parameters):
     rows, (channels, hidden) = arrays[0].shape[1], parameters[0].shape
     if rows % 16 or channels % _LANES or hidden % _LANES or channels * hidden > _PARAMETERS:
         by_kernel = other
-
-    def on_device(*arrays):
-        return jax.lax.platform_dependent(*arrays, tpu=by_kernel, default=other)
-
-    return on_each_device(on_device, *arrays, shared=parameters)
+    return on_tpu(by_kernel, other, *arrays, shared=parameters)
 
 
 def _by_rows(run, x: jax.Array, parameters: Parameters, *more: jax.Array, interpret: bool = False):
@@ -78,11 +75,6 @@ def _by_rows(run, x: jax.Array, parameters: Parameters, *more: jax.Array, interp
     return found.reshape(x.shape)
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.dot(a, b, preferred_element_type=jnp.float32, precision=precision)
-
-
 def _chunks(hidden: int) -> list[slice]:
     """The hidden values in equal parts."""
     size = max(n for n in range(_LANES, _HIDDEN + 1, _LANES) if hidden % n == 0)
@@ -92,8 +84,8 @@ def _chunks(hidden: int) -> list[slice]:
 def _forward_kernel(x, kernel1, bias1, kernel2, bias2, out):
     total = jnp.zeros(out.shape, jnp.float32)
     for part in _chunks(kernel1.shape[1]):
-        hidden = jnp.maximum(_dot(x[...], kernel1[:, part]) + bias1[:, part], 0)
-        total += _dot(hidden.astype(x.dtype), kernel2[part, :])
+        hidden = jnp.maximum(dot(x[...], kernel1[:, part]) + bias1[:, part], 0)
+        total += dot(hidden.astype(x.dtype), kernel2[part, :])
     out[...] = (total + bias2[...]).astype(out.dtype)
 
 
@@ -109,13 +101,13 @@ def _backward_kernel(
     turned_x, turned_gradient = (array[...].astype(jnp.float32).T.astype(x.dtype) for array in (x, gradient))
     total = jnp.zeros(x.shape, jnp.float32)
     for part in _chunks(kernel1.shape[1]):
-        hidden = jnp.maximum(_dot(x[...], kernel1[:, part]) + bias1[:, part], 0)
-        by_hidden = jnp.where(hidden > 0, _dot(gradient[...], turned2[:, part]), 0)
+        hidden = jnp.maximum(dot(x[...], kernel1[:, part]) + bias1[:, part], 0)
+        by_hidden = jnp.where(hidden > 0, dot(gradient[...], turned2[:, part]), 0)
         by_bias1[:, part] += by_hidden.sum(0, keepdims=True)
         hidden, by_hidden = hidden.astype(x.dtype), by_hidden.astype(x.dtype)
-        by_turned2[:, part] += _dot(turned_gradient, hidden)
-        by_kernel1[:, part] += _dot(turned_x, by_hidden)
-        total += _dot(by_hidden, turned1[part, :])
+        by_turned2[:, part] += dot(turned_gradient, hidden)
+        by_kernel1[:, part] += dot(turned_x, by_hidden)
+        total += dot(by_hidden, turned1[part, :])
     by_x[...] = total.astype(by_x.dtype)
     by_bias2[...] += gradient[...].astype(jnp.float32).sum(0, keepdims=True)
 

@@ -27,7 +27,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from magnet_jax.models.window_memory import Words, in_pairs, words_of
+from magnet_jax.models.kernel_parts import Words, dot, in_pairs, words_of
 from magnet_jax.models.window_samples import (
     by_samples_of,
     hats,
@@ -90,7 +90,7 @@ def _forward_kernel(
                 for tile in range(rows.tiles):
                     at_tile = (shape.tiles[level] + first + tile) * shape.width
                     turned_values = values[group].read(at_tile, shape.width, shape.width)
-                    total += _dot(turned_values, matrix[tile * PIXELS : (tile + 1) * PIXELS])
+                    total += dot(turned_values, matrix[tile * PIXELS : (tile + 1) * PIXELS])
             sums = total.T  # [lanes, width], of which each head has its own channels.
             channel = jax.lax.broadcasted_iota(jnp.int32, (1, shape.width), 1)
             found = sums[:places]
@@ -179,10 +179,8 @@ def _backward_kernel(
                 for start, some in _in_tiles(windows.length):
                     at_row, count = (first + start) * COLUMNS, len(some) * COLUMNS
                     matrix = products(down[parity][group][level], across, some, maps.dtype)
-                    by_values[group][pl.ds(pl.multiple_of(at_row, COLUMNS), count), :] += _dot(
-                        matrix, by_sums
-                    )
-                    by_matrix = _dot(values[group].read(at_row, count, COLUMNS), by_sums_turned)
+                    by_values[group][pl.ds(pl.multiple_of(at_row, COLUMNS), count), :] += dot(matrix, by_sums)
+                    by_matrix = dot(values[group].read(at_row, count, COLUMNS), by_sums_turned)
                     for number, row in enumerate(some):
                         of_rows[row % 2].see(row, by_matrix[number * COLUMNS : (number + 1) * COLUMNS])
                 _write_corners(corners[parity][group], columns, of_rows, level)
@@ -230,11 +228,6 @@ def _write_corners(corners, columns, of_rows: list[_Rows], level: int) -> None:
             pixels += pltpu.roll(pixels, 2, 0)
             at = 2 * (level * points + point)
             corners[kind][at : at + 2, :] = pixels[at % 8 : at % 8 + 2]
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.dot(a, b, preferred_element_type=jnp.float32, precision=precision)
 
 
 def forward(maps, raw, cells: Cells, heads: int, offsets: bool) -> tuple[jax.Array, jax.Array]:

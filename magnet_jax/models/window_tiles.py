@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from magnet_jax.models.window_memory import Words, in_pairs
+from magnet_jax.models.kernel_parts import Words, in_pairs
 from magnet_jax.models.windows import COLUMNS, TILE_ROWS, Cells, heads_together
 
 PIXELS = TILE_ROWS * COLUMNS  # Of a tile.

@@ -1,4 +1,4 @@
-"""How the kernels of `window_kernels` go through their work, and memory of theirs that is read from any row on."""
+"""What Pallas kernels for TPUs share: products, loops in pairs, memory that is read from any row on, and who runs them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,24 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from magnet_jax.models.layers import on_each_device
+
+
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:
+    """Products of two matrices over an axis of each, float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    contracted = ((axes[:1], axes[1:]), ((), ()))
+    return jax.lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=jnp.float32)
+
+
+def on_tpu(by_kernel, other, *arrays: jax.Array, shared: tuple[jax.Array, ...] = ()):
+    """`on_each_device` by a kernel where that is a TPU, and else by another function."""
+
+    def on_device(*arrays):
+        return jax.lax.platform_dependent(*arrays, tpu=by_kernel, default=other)
+
+    return on_each_device(on_device, *arrays, shared=shared)
 
 
 def in_pairs(count: int, run, carry=None):
