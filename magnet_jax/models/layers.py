@@ -159,8 +159,7 @@ add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _add_bias_backward)
 @jax.custom_vjp
 def add_position(x: jax.Array, fixed: jax.Array, table: jax.Array, which: np.ndarray) -> jax.Array:
     """x `[B, S, C]` + fixed `[S, C]` + a learnt vector out of a table `[K, C]`: which `[S]` says which."""
-    learnt = jnp.matmul(jax.nn.one_hot(which, len(table)), table, precision=jax.lax.Precision.HIGHEST)
-    return x + (fixed + learnt).astype(x.dtype)
+    return x + (fixed + table[which]).astype(x.dtype)
 
 
 def _add_position_forward(x, fixed, table, which):
