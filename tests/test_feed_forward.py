@@ -82,13 +82,13 @@ def test_devices_have_their_own_rows():
 
 
 def test_flops_are_those_of_the_products():
-    """Two forward and four backward; that kernels make hidden values again is their own affair."""
+    """Two forward and five backward, since hidden values are made again; a kernel counts as often as it has blocks."""
     x, gradient, parameters = inputs(rows=1040)
     product = 2 * 2 * 1040 * 128 * 256
     forward = jax.make_jaxpr(feed_forward)(x, *parameters)
     assert count_flops(forward.jaxpr) == 2 * product
     again = jax.make_jaxpr(functools.partial(both, feed_forward))(x, gradient, parameters)
-    assert count_flops(again.jaxpr) <= 7 * product
+    assert count_flops(again.jaxpr) == 7 * product
     kernel = jax.make_jaxpr(lambda *a: module._by_rows(module._forward, a[0], a[1:]))(x, *parameters)
     assert count_flops(kernel.jaxpr) == 2 * product
 
