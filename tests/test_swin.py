@@ -295,3 +295,12 @@ def test_a_loop_over_blocks_changes_nothing(depth, form, parts):
     programs = [str(jax.make_jaxpr(lambda p, s=s: run(s, p, x))(params)) for s in (unrolled, scanned)]
     assert ["scan" in program for program in programs] == [False, True]
     assert jax.tree.structure(scanned.init(jax.random.key(0), x)) == jax.tree.structure(dict(params))
+
+
+def test_a_loop_keeps_two_hidden_arrays_of_a_block():
+    """What GELU gives and its slope: the largest that a loop has to write."""
+    stage, x = SwinStage(heads=2, window=2, drop_paths=(0.0,) * 6, scan=True), jnp.ones((3, 4, 6, 8))
+    params = random_params(np.random.default_rng(6), stage, x)
+    kept = jax.eval_shape(lambda params, x: jax.vjp(stage.apply, params, x)[1], params, x)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]
+    assert shapes.count((3, 3, 4, 6, 32)) == 2 * 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax.models.attention import WindowMask, attend_by_head, attend_in_windows
-from magnet_jax.models.layers import Dense, Remat, gelu, path_scales, truncated_normal
+from magnet_jax.models.layers import Dense, Remat, gelu, gelu_by_slope, path_scales, truncated_normal
 from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.order import TILE, Order, arrange, from_rows, into_rows, restore
 from magnet_jax.models.patches import PatchEmbed, PatchMerging
@@ -154,6 +154,7 @@ class SwinBlock(nn.Module):
     dtype: Any = jnp.float32
     attention: str = "heads"
     size: tuple[int, int] | None = None  # With 'lanes': see `WindowAttention`.
+    activation: Callable[[jax.Array], jax.Array] = gelu
 
     @nn.compact
     def __call__(self, x, scales=None):
@@ -168,7 +169,8 @@ class SwinBlock(nn.Module):
         )
         x += scaled(attention(y), 0)
         y = LayerNorm(name="norm2")(x)
-        y = gelu(Dense(4 * x.shape[-1], kernel_init=truncated_normal, dtype=self.dtype, name="fc1")(y))
+        y = Dense(4 * x.shape[-1], kernel_init=truncated_normal, dtype=self.dtype, name="fc1")(y)
+        y = self.activation(y)
         y = Dense(x.shape[-1], kernel_init=truncated_normal, dtype=self.dtype, name="fc2")(y)
         return x + scaled(y, 1)
 
@@ -205,7 +207,8 @@ class SwinStage(nn.Module):
         pairs = depth // 2 if self.scan and not self.is_initializing() else 0
         start = 2 * pairs if pairs >= _LOOP else 0
         if start:
-            two = [block(self.heads, self.window, shifted, *fields, parent=None) for shifted in (False, True)]
+            fixed = functools.partial(block, self.heads, self.window, activation=gelu_by_slope, parent=None)
+            two = [fixed(shifted, *fields) for shifted in (False, True)]
             x = self._in_pairs(two, x, None if scales is None else scales[:start])
         for i in range(start, depth):
             one = block(self.heads, self.window, i % 2 == 1, *fields, name=f"block_{i}")
