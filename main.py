@@ -16,6 +16,11 @@ import contextlib
 import os
 import sys
 
+if __name__ == "__main__":
+    from magnet_jax.host_memory import start_with_huge_pages
+
+    start_with_huge_pages()
+
 # TensorFlow only reads data here; its start-up notes say nothing.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
