@@ -62,6 +62,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     check_batch_size("data", config, mesh)
     check_batch_size("eval", config, mesh)
     parallelism = make_parallelism(config, mesh)
+    network = build_network(config)  # Before the data, which may take long: what is wrong is said at once.
 
     # --------------------------------------------------------------------------------------------------------- data
     check_splits(config)
@@ -84,8 +85,7 @@ def train(config: ConfigDict, workdir: str) -> dict:
     )
     total_steps = config.train.steps or int(config.train.epochs * loader.steps_per_epoch)
 
-    # ---------------------------------------------------------------------------------------------- network and state
-    network = build_network(config)
+    # ------------------------------------------------------------------------------------------------ network's state
     tx, schedule = make_optimizer(config.optimizer, total_steps)
     # The seed is an argument: of all seeds the program is one, which is compiled once.
     init = functools.partial(init_state, network, tx, batch=batch_shapes(config), ema=bool(config.train.ema))

@@ -19,6 +19,7 @@ from magnet_jax import train as train_module
 from magnet_jax.checkpoint import Checkpointer
 from magnet_jax.errors import UserError
 from magnet_jax.log import Log
+from magnet_jax.network import build_network
 from magnet_jax.train import check_same_words, train
 from magnet_jax.trained import load_trained
 from magnet_jax.workdir import History, load_config
@@ -305,6 +306,16 @@ def test_values_that_cannot_work_are_refused_before_anything_is_written(tmp_path
     config = tiny_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_cannot_be_is_refused_before_data_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "build_network", build_network)
+    monkeypatch.setattr(train_module.input_pipeline, "load_split", mock.Mock(side_effect=AssertionError))
+    config = tiny_config()
+    config.model.pixel_decoder.sampling = "window"
+    with pytest.raises(UserError, match=r"config.model.pixel_decoder.sampling is 'window'; expected 'auto' or"):
         train(config, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
