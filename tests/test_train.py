@@ -315,7 +315,9 @@ def test_a_network_that_cannot_be_is_refused_before_data_are_read(tmp_path, monk
     monkeypatch.setattr(train_module.input_pipeline, "load_split", mock.Mock(side_effect=AssertionError))
     config = tiny_config()
     config.model.pixel_decoder.sampling = "window"
-    with pytest.raises(UserError, match=r"config.model.pixel_decoder.sampling is 'window'; expected 'auto' or"):
+    with pytest.raises(
+        UserError, match=r"config.model.pixel_decoder.sampling is 'window'; expected 'auto' or"
+    ):
         train(config, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
