@@ -12,7 +12,7 @@ from pathlib import Path
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 # The one block with the temporaries of a network of usual size is above it. Kept, it would be split for something
 # small sooner or later, and asked for once more.
-_LARGE = 2**29
+_LARGE = 2**30
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _TUNABLES = "GLIBC_TUNABLES"
 
@@ -59,7 +59,7 @@ def keep_freed_memory() -> None:
     """Where JAX computes on the CPU, makes the C library keep what a step frees for the next one.
 
     By default glibc gives the temporaries of a step back to the system, which then has to clear their pages again: a
-    fifth of a small network's step. Blocks of 512 MB and more still go back. Does nothing with another C library.
+    fifth of a small network's step. Blocks of 1 GB and more still go back. Does nothing with another C library.
     """
     import jax
 

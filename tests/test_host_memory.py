@@ -26,8 +26,8 @@ def test_memory_is_kept_where_the_host_computes(backend, platform, called):
         mock.patch.object(ctypes, "CDLL", return_value=library),
     ):
         keep_freed_memory()
-    # Own memory for blocks of 512 MB only (-3), nothing given back (-1), and much asked for at a time (-2).
-    asked = {-3: 2**29, -1: -1, -2: 2**28} if called else {}
+    # Own memory for blocks of 1 GB only (-3), nothing given back (-1), and much asked for at a time (-2).
+    asked = {-3: 2**30, -1: -1, -2: 2**28} if called else {}
     assert dict(call.args for call in library.mallopt.call_args_list) == asked
 
 
