@@ -7,8 +7,9 @@ import pytest
 
 from configs import debug
 from magnet_jax.models import alignment
+from magnet_jax.models.activations import gelu, relu
 from magnet_jax.models.alignment import Gate, ImageAlignment, LanguageAlignment, PixelWordAttention
-from magnet_jax.models.layers import Dense, gelu, relu
+from magnet_jax.models.layers import Dense
 from magnet_jax.models.norms import instance_norm
 from magnet_jax.network import build_model
 

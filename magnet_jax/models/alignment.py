@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from magnet_jax.models.activations import gelu
 from magnet_jax.models.attention import attend
 from magnet_jax.models.layers import (
     Dense,
@@ -16,7 +17,6 @@ from magnet_jax.models.layers import (
     adaptive_average_pool,
     fan_in_dense,
     fan_in_uniform,
-    gelu,
     normal,
     resize_align_corners,
     truncated_normal,

@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from magnet_jax.models.activations import gelu
 from magnet_jax.models.attention import attend
-from magnet_jax.models.layers import Dense, Dropout, Remat, gelu, normal
+from magnet_jax.models.layers import Dense, Dropout, Remat, normal
 from magnet_jax.models.norms import LayerNorm
 
 

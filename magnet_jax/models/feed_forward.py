@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from magnet_jax.models.activations import relu
 from magnet_jax.models.kernel_parts import dot, on_tpu
-from magnet_jax.models.layers import linear, relu
+from magnet_jax.models.layers import linear
 
 _LANES = 128
 _ROWS = 512  # Of a block, at most.

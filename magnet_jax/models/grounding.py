@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from magnet_jax.models.activations import gelu
 from magnet_jax.models.bert import BertLayer, attention_bias
-from magnet_jax.models.layers import Dense, example_keys, gelu, normal, sine_position, zeros
+from magnet_jax.models.layers import Dense, example_keys, normal, sine_position, zeros
 from magnet_jax.models.norms import LayerNorm
 
 

@@ -9,9 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from magnet_jax.models.activations import relu
 from magnet_jax.models.alignment import Gate, PixelWordAttention
 from magnet_jax.models.bert import Bert, attention_bias
-from magnet_jax.models.layers import Remat, fan_in_dense, fan_in_uniform, relu, resize_align_corners
+from magnet_jax.models.layers import Remat, fan_in_dense, fan_in_uniform, resize_align_corners
 from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.output import Output
 from magnet_jax.models.swin import Swin

@@ -186,44 +186,6 @@ def _sums_of_rows(array: jax.Array, weights: jax.Array, dtype) -> jax.Array:
     return jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())), preferred_element_type=dtype)[:count]
 
 
-@jax.custom_vjp
-def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0). Its gradient is read off the result, which what follows keeps anyway, so that x is not kept beside it."""
-    return jnp.maximum(x, 0)
-
-
-def _relu_forward(x):
-    y = relu(x)
-    return y, y
-
-
-def _relu_backward(y, gradient):
-    # XLA sees that max(x, 0) > 0 is x > 0, and would keep x, or a mask made of it, after all.
-    return (jnp.where(jax.lax.optimization_barrier(y) > 0, gradient, 0),)
-
-
-relu.defvjp(_relu_forward, _relu_backward)
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """The exact form, by erf: by erfc, as jax.nn's, it takes twice the time on a CPU."""
-    return 0.5 * x * (1 + jax.lax.erf(x * np.float32(0.5**0.5).astype(x.dtype)))
-
-
-@jax.custom_vjp
-def gelu_by_slope(x: jax.Array) -> jax.Array:
-    """`gelu`, of which a loop keeps one array for the backward pass: its slope. Of `gelu` it would keep three."""
-    return gelu(x)
-
-
-def _gelu_forward(x):
-    density = (2 * np.pi) ** -0.5 * jnp.exp(-0.5 * x * x)
-    return gelu(x), 0.5 * (1 + jax.lax.erf(x * np.float32(0.5**0.5).astype(x.dtype))) + x * density
-
-
-gelu_by_slope.defvjp(_gelu_forward, lambda slope, gradient: (gradient * slope,))
-
-
 REMAT_PARTS = ("stage_1", "stage_2", "stage_3", "stage_4", "text", "decoder")
 _POLICIES = {
     "nothing": jax.checkpoint_policies.nothing_saveable,

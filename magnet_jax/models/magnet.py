@@ -8,9 +8,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from magnet_jax.models.activations import gelu, relu
 from magnet_jax.models.alignment import Gate, ImageAlignment, LanguageAlignment, mean_of_words
 from magnet_jax.models.bert import Bert, attention_bias
-from magnet_jax.models.layers import Remat, fan_in_dense, gelu, relu
+from magnet_jax.models.layers import Remat, fan_in_dense
 from magnet_jax.models.mask_predictor import MaskPredictor
 from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.output import Output

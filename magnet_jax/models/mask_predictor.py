@@ -9,15 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from magnet_jax.models.activations import relu
 from magnet_jax.models.attention import attend
-from magnet_jax.models.layers import (
-    Dense,
-    fan_in_dense,
-    relu,
-    resize_half_pixel,
-    sine_position,
-    xavier_uniform,
-)
+from magnet_jax.models.layers import Dense, fan_in_dense, resize_half_pixel, sine_position, xavier_uniform
 from magnet_jax.models.norms import LayerNorm
 
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from magnet_jax.models.activations import relu
 from magnet_jax.models.deformable import DeformableAttention
 from magnet_jax.models.feed_forward import feed_forward
 from magnet_jax.models.layers import (
@@ -16,7 +17,6 @@ from magnet_jax.models.layers import (
     Remat,
     add_position,
     kaiming_uniform,
-    relu,
     sine_position,
     xavier_uniform,
 )

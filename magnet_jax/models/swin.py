@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magnet_jax.models.activations import gelu, gelu_by_slope
 from magnet_jax.models.attention import WindowMask, attend_by_head, attend_in_windows
-from magnet_jax.models.layers import Dense, Remat, gelu, gelu_by_slope, path_scales, truncated_normal
+from magnet_jax.models.layers import Dense, Remat, path_scales, truncated_normal
 from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.order import TILE, Order, arrange, from_rows, into_rows, restore
 from magnet_jax.models.patches import PatchEmbed, PatchMerging
