@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -136,17 +136,30 @@ def _numbered(path: Path) -> list[tuple[int, str]]:
     return numbered
 
 
-def read_questions(path: str | Path) -> list[tuple[Path, str]]:
-    """Pictures and sentences of a file whose lines need no masks, in its order: `{"image": path, "text": str | [str]}`.
+class Question(NamedTuple):
+    """A picture and a sentence about it; `name` is what the picture is called where the question was asked."""
 
-    Raises DataError, with the number of the line, for anything else.
+    image: Path
+    text: str
+    name: str
+    id: str | int | None = None  # Of the asker.
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """The questions of a file whose lines need no masks, in its order.
+
+    A line is `{"image": path, "text": str | [str], "id": optional}`. Raises DataError, with the number of the line, for
+    anything else.
     """
     path, found = Path(path), []
     for number, text in _numbered(path):
         where = f"{path}, line {number}"
         line = _object(text, where)
         image = _inside(path, line.get("image"), "image", where)
-        found += [(image, sentence) for sentence in _sentences(line, where)]
+        own = line.get("id")
+        if not isinstance(own, str | int | None) or isinstance(own, bool):
+            raise DataError(f"{where}: 'id' must be a word or a whole number, found {own!r:.40}")
+        found += [Question(image, sentence, line["image"], own) for sentence in _sentences(line, where)]
     return found
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from input_pipeline import DataError, Tokenizer, masks, ops
-from input_pipeline.jsonl import read_questions
+from input_pipeline.jsonl import Question, read_questions
 from magnet_jax import visualize
 from magnet_jax.errors import UserError
 from magnet_jax.predict import Prediction, Predictor, check_texts
@@ -27,7 +27,7 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _RESULTS, _ABOUT = "results.jsonl", "about.json"
 
 
-def read_input(source: str | Path, texts: Sequence[str]) -> list[tuple[Path, str]]:
+def read_input(source: str | Path, texts: Sequence[str]) -> list[Question]:
     """Pictures and sentences: of a .jsonl file its own, of a folder every picture in it with each of `texts`.
 
     Raises UserError or DataError where there is nothing to do.
@@ -43,7 +43,7 @@ def read_input(source: str | Path, texts: Sequence[str]) -> list[tuple[Path, str
     images = sorted(path for path in source.iterdir() if path.suffix.lower() in _ENDINGS)
     if not images:
         raise UserError(f"--input is '{source}', which has no picture ({', '.join(_ENDINGS)})")
-    return [(image, text) for image in images for text in texts]
+    return [Question(image, text, image.name) for image in images for text in texts]
 
 
 def fingerprint(trained: Trained) -> str:
@@ -64,16 +64,17 @@ def predict_many(
 ) -> int:
     """Writes `output/results.jsonl`, a line for each pair in order, and `output/masks/NUMBER.png`; returns how many failed.
 
-    A line has image, text, score, area (share of the picture) and the mask as COCO's RLE, or the reason why the picture
-    could not be read. The same command goes on where a former one ended. Raises UserError where `output` is of another
-    network or another list.
+    A line has image and text (and id) as they were given, score, area (share of the picture) and the mask as COCO's RLE, or
+    the reason why the picture could not be read. The same command goes on where a former one ended. Raises UserError where
+    `output` is of another network or another list.
     """
-    pairs, folder = read_input(source, texts), Path(output)
+    questions, folder = read_input(source, texts), Path(output)
     predictor = Predictor.from_pretrained(workdir, config)
-    listed = hashlib.sha256(json.dumps([(str(image), text) for image, text in pairs]).encode()).hexdigest()[
-        :16
-    ]
-    about = {"network": fingerprint(predictor.trained), "list": listed}
+    listed = json.dumps([(str(question.image), *question[1:]) for question in questions])
+    about = {
+        "network": fingerprint(predictor.trained),
+        "list": hashlib.sha256(listed.encode()).hexdigest()[:16],
+    }
     file = folder / _ABOUT
     if not file.exists():
         if folder.exists() and any(folder.iterdir()):
@@ -86,14 +87,16 @@ def predict_many(
     results = folder / _RESULTS
     done = _whole_lines(results)
     if done:
-        print(f"{len(done)} of {len(pairs)} are there already", flush=True)
+        print(f"{len(done)} of {len(questions)} are there already", flush=True)
     failed = sum("error" in line for line in done)
     with results.open("a", encoding="utf-8") as lines:
-        found = _answers(predictor, pairs[len(done) :], batch_size)
-        for number, (image, text, answer) in enumerate(
-            tqdm(found, "predicting", len(pairs), initial=len(done), unit=" pairs", delay=5), len(done)
+        found = _answers(predictor, questions[len(done) :], batch_size)
+        for number, (question, answer) in enumerate(
+            tqdm(found, "predicting", len(questions), initial=len(done), unit=" pairs", delay=5), len(done)
         ):
-            line: dict[str, Any] = {"number": number, "image": image.name, "text": text}
+            line: dict[str, Any] = {"number": number, "image": question.name, "text": question.text}
+            if question.id is not None:
+                line["id"] = question.id
             if isinstance(answer, Prediction):
                 name = f"masks/{number:06d}.png"
                 write_atomically(folder / name, visualize.encode_png(answer.mask.astype(np.uint8) * 255))
@@ -109,31 +112,31 @@ def predict_many(
                 print(f"warning: {answer}", file=sys.stderr)
             lines.write(json.dumps(line) + "\n")
             lines.flush()
-    print(f"{len(pairs)} predictions in '{results}'" + (f", {failed} of them failed" if failed else ""))
+    print(f"{len(questions)} predictions in '{results}'" + (f", {failed} of them failed" if failed else ""))
     return failed
 
 
 def _answers(
-    predictor: Predictor, pairs: Sequence[tuple[Path, str]], batch_size: int
-) -> Iterator[tuple[Path, str, Prediction | DataError]]:
-    """Of each pair in order its prediction, or why there is none."""
-    for start in range(0, len(pairs), batch_size):
-        some = pairs[start : start + batch_size]
-        opened = [_opened(image, text, predictor.trained.tokenizer) for image, text in some]
+    predictor: Predictor, questions: Sequence[Question], batch_size: int
+) -> Iterator[tuple[Question, Prediction | DataError]]:
+    """Of each in order its prediction, or why there is none."""
+    for start in range(0, len(questions), batch_size):
+        some = questions[start : start + batch_size]
+        opened = [_opened(question, predictor.trained.tokenizer) for question in some]
         whole = [
-            (image, text)
-            for image, (_, text) in zip(opened, some, strict=True)
+            (image, question.text)
+            for image, question in zip(opened, some, strict=True)
             if isinstance(image, Image.Image)
         ]
         predictions = iter(predictor.predict_pairs(whole, batch_size))
-        for image, (path, text) in zip(opened, some, strict=True):
-            yield path, text, image if isinstance(image, DataError) else next(predictions)
+        for image, question in zip(opened, some, strict=True):
+            yield question, image if isinstance(image, DataError) else next(predictions)
 
 
-def _opened(image: Path, text: str, tokenizer: Tokenizer) -> Image.Image | DataError:
+def _opened(question: Question, tokenizer: Tokenizer) -> Image.Image | DataError:
     try:
-        tokenizer.encode([text])  # Refuses what has no words, of which some is not even white space.
-        return ops.open_image(image, upright=True)
+        tokenizer.encode([question.text])  # Refuses what has no words, of which some is not even white space.
+        return ops.open_image(question.image, upright=True)
     except DataError as error:
         return error
 

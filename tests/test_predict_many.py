@@ -17,17 +17,18 @@ from tests.test_predict import TEXTS, pictures, trained
 
 @pytest.fixture
 def listed(tmp_path, monkeypatch):
-    """A list of four pictures, one of which is damaged, with six sentences."""
+    """A list of four pictures, one of which is damaged and one elsewhere, with six sentences."""
     predictor = Predictor(trained())
     monkeypatch.setattr(Predictor, "from_pretrained", lambda *_: predictor)
+    (tmp_path / "more").mkdir()
     for number, picture in enumerate(pictures(4)):
-        picture.save(tmp_path / f"{number}.png")
+        picture.save(tmp_path / ("more/0.png" if number == 3 else f"{number}.png"))
     (tmp_path / "2.png").write_bytes(b"not a picture")
     lines = [
         {"image": "0.png", "text": TEXTS[:2]},
         {"image": "2.png", "text": TEXTS[0]},
-        {"image": "1.png", "text": TEXTS[2]},
-        {"image": "3.png", "text": [TEXTS[1], TEXTS[0]]},
+        {"image": "1.png", "text": TEXTS[2], "id": "left"},
+        {"image": "more/0.png", "text": [TEXTS[1], TEXTS[0]], "id": 0, "mask": "mask.png"},
     ]
     file = tmp_path / "list.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -45,11 +46,13 @@ def test_each_line_is_what_is_predicted_alone(listed, tmp_path, capsys):
     assert [line["number"] for line in found] == list(range(6))
     assert "not a readable image" in found[2]["error"]
     assert "2.png" in capsys.readouterr().err
-    for line, (image, text) in zip(found, read_input(file, []), strict=True):
-        assert (line["image"], line["text"]) == (image.name, text)
+    assert [line["image"] for line in found] == [*2 * ["0.png"], "2.png", "1.png", *2 * ["more/0.png"]]
+    assert [line["text"] for line in found] == [*TEXTS[:2], TEXTS[0], TEXTS[2], TEXTS[1], TEXTS[0]]
+    assert [line.get("id", "none") for line in found] == [*3 * ["none"], "left", 0, 0]
+    for line in found:
         if "error" in line:
             continue
-        expected = predictor.predict(image, [text])[0]
+        expected = predictor.predict(tmp_path / line["image"], [line["text"]])[0]
         sure = np.abs(expected.logits) > 1e-5 * np.abs(expected.logits).max()
         mask = np.asarray(Image.open(tmp_path / "out" / line["mask"]))
         assert set(np.unique(mask)) <= {0, 255}
@@ -84,8 +87,8 @@ def test_a_folder_with_sentences(listed, tmp_path):
     for name in ("b.PNG", "a.jpg"):
         pictures(1)[0].save(folder / name)
     (folder / "notes.txt").write_text("x")
-    assert [(path.name, text) for path, text in read_input(folder, TEXTS[:2])] == [
-        (name, text) for name in ("a.jpg", "b.PNG") for text in TEXTS[:2]
+    assert [(question.image, question.text, question.name) for question in read_input(folder, TEXTS[:2])] == [
+        (folder / name, text, name) for name in ("a.jpg", "b.PNG") for text in TEXTS[:2]
     ]
     assert predict_many("run", str(folder), TEXTS[:2], str(tmp_path / "out")) == 0
     assert len(lines_of(tmp_path / "out")) == 4
@@ -108,6 +111,8 @@ def test_what_is_wrong_is_one_line(listed, tmp_path, monkeypatch):
         ("{", "line 1: not JSON"),
         ('{"image": "../x.png", "text": "a"}', "leads out of"),
         ('{"image": "0.png"}', "'text' must be a sentence"),
+        ('{"image": "0.png", "text": "a", "id": [1]}', "'id' must be a word or a whole number"),
+        ('{"image": "0.png", "text": "a", "id": true}', "'id' must be a word or a whole number"),
     ):
         wrong.write_text(line + "\n")
         with pytest.raises(DataError, match=said):
