@@ -88,6 +88,8 @@ def predict_many(
     done = _whole_lines(results)
     if done:
         print(f"{len(done)} of {len(questions)} are there already", flush=True)
+    if len(done) < len(questions):
+        print("compiling the network (some 10 s to some minutes, by size) ...", flush=True)
     failed = sum("error" in line for line in done)
     with results.open("a", encoding="utf-8") as lines:
         found = _answers(predictor, questions[len(done) :], batch_size)

@@ -45,7 +45,11 @@ def test_each_line_is_what_is_predicted_alone(listed, tmp_path, capsys):
     found = lines_of(tmp_path / "out")
     assert [line["number"] for line in found] == list(range(6))
     assert "not a readable image" in found[2]["error"]
-    assert "2.png" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "2.png" in said.err
+    assert "compiling the network" in said.out  # Before a long silence, but not where nothing is left to do.
+    predict_many("run", str(file), [], str(tmp_path / "out"), batch_size=4)
+    assert "compiling" not in capsys.readouterr().out
     assert [line["image"] for line in found] == [*2 * ["0.png"], "2.png", "1.png", *2 * ["more/0.png"]]
     assert [line["text"] for line in found] == [*TEXTS[:2], TEXTS[0], TEXTS[2], TEXTS[1], TEXTS[0]]
     assert [line.get("id", "none") for line in found] == [*3 * ["none"], "left", 0, 0]
