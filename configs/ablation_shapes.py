@@ -21,10 +21,10 @@ FLAVOURS = {
 
 
 def get_config(variant: str = "all") -> ConfigDict:
-    """The network, data and steps of `configs/shapes.py`, fewer of them, and the losses of a variant."""
+    """The network and data of `configs/shapes.py`, fewer steps, and the losses of a variant."""
     c = shapes.get_config()
     c.data.options.flavour = "mixed"
-    c.train.steps = 1500
+    c.train.steps = 2000
     c.train.eval_every = c.checkpoint.every_steps = 500
     c.eval.panels = 4
     c.eval.protocols = ("squash",)

@@ -159,11 +159,12 @@ def test_alignment_terms_written_out(params, stride, block):
 def test_grounding_term_written_out(params, stage):
     """All words masked, none kept: nothing is random. The head gets the words that were masked and its stage's map."""
     # A head with larger values, so that what it sees of the image decides its answers.
-    params = params | {"grounding": jax.tree.map(lambda x: 6 * x, params["grounding"])}
+    params = params | {"grounding": jax.tree.map(lambda x: 10 * x, params["grounding"])}
     config = loss_config(mask_ratio=1.0, mask_keep=0.0, grounding=3.0)
     metrics, gradient = evaluate(params, config, network=stand_in(stage=stage))
     other, _ = evaluate(params, config, network=stand_in(stage=3 - stage))
-    assert metrics["loss/grounding"] != pytest.approx(other["loss/grounding"], rel=3e-3)
+    # By ten times what is allowed below.
+    assert metrics["loss/grounding"] != pytest.approx(other["loss/grounding"], rel=1e-3)
     words = np.asarray(maskable_words(BATCH["text_mask"]))
     masked = np.where(words, MASK, BATCH["text_ids"])
     output = output_of(params, masked)

@@ -10,10 +10,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from magnet_jax.models.activations import gelu
 from magnet_jax.models.bert import BertLayer, attention_bias
-from magnet_jax.models.layers import Dense, example_keys, normal, sine_position, zeros
+from magnet_jax.models.layers import Dense, example_keys, normal, zeros
 from magnet_jax.models.norms import LayerNorm
 
 
@@ -66,9 +67,29 @@ def mask_centre(mask: jax.Array) -> jax.Array:
     return jnp.where(area[:, None] > 0, centre, 0.5)
 
 
+def pixel_centres(height: int, width: int) -> jax.Array:
+    """Centres (x, y) of the pixels of a map in [0, 1]: `[height * width, 2]`."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    return jnp.asarray(np.stack([x / width, y / height], -1).reshape(-1, 2), jnp.float32)
+
+
+def fourier_position(points: jax.Array, channels: int) -> jax.Array:
+    """Sines and cosines of points (x, y) in [0, 1]: `[..., 2]` -> `[..., channels]` float32.
+
+    From half a period to four over the image. The sine embedding of the decoder has at most one, and most of its channels
+    hardly change: by it neighbours are told apart only after long training.
+    """
+    features = -(-channels // 4)
+    periods = np.geomspace(0.5, 4, features, dtype=np.float32)
+    angles = points.astype(jnp.float32)[..., None] * (2 * np.pi * periods)
+    code = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+    return code.reshape(*points.shape[:-1], -1)[..., :channels]
+
+
 class MaskGrounding(nn.Module):
     """Word logits from the concatenation [words ; image features ; mask token].
 
+    Pixels and mask token carry the place they stand for in one code, so that a token finds the pixels around the object.
     words `[B, L, T]`, word_mask `[B, L]`, image_features `[B, H, W, C]`, mask `[B, H', W']` of {0, 1}, word_embedding
     `[V, T]` (the language encoder's table, tied to the vocabulary projection) -> logits `[B, L, V]` float32.
     Source: paper section 3.2; spec section 5.
@@ -90,10 +111,11 @@ class MaskGrounding(nn.Module):
 
         image = dense(hidden, "image")(image_features.reshape(batch, height * width, -1))
         image = LayerNorm(name="image_norm")(image)
-        image += sine_position(height, width, hidden).astype(self.dtype)
-        token = dense(hidden, "mask_2")(gelu(dense(hidden, "mask_1")(mask_centre(mask))))
-        token = LayerNorm(name="mask_norm")(token)[:, None]
-        x = jnp.concatenate([LayerNorm(name="word_norm")(words.astype(self.dtype)), image, token], 1)
+        image += fourier_position(pixel_centres(height, width), hidden).astype(self.dtype)
+        centre = mask_centre(mask)
+        token = dense(hidden, "mask_2")(gelu(dense(hidden, "mask_1")(centre)))
+        token = LayerNorm(name="mask_norm")(token) + fourier_position(centre, hidden).astype(self.dtype)
+        x = jnp.concatenate([LayerNorm(name="word_norm")(words.astype(self.dtype)), image, token[:, None]], 1)
         kept = jnp.concatenate([word_mask, jnp.ones((batch, height * width + 1), word_mask.dtype)], 1)
         bias = attention_bias(kept)
         for i in range(self.layers):
