@@ -110,12 +110,13 @@ class MaskGrounding(nn.Module):
             return Dense(features, kernel_init=normal, dtype=self.dtype, name=name)
 
         image = dense(hidden, "image")(image_features.reshape(batch, height * width, -1))
-        image = LayerNorm(name="image_norm")(image)
-        image += fourier_position(pixel_centres(height, width), hidden).astype(self.dtype)
-        centre = mask_centre(mask)
+        centre = mask_centre(mask)[:, None]
         token = dense(hidden, "mask_2")(gelu(dense(hidden, "mask_1")(centre)))
-        token = LayerNorm(name="mask_norm")(token) + fourier_position(centre, hidden).astype(self.dtype)
-        x = jnp.concatenate([LayerNorm(name="word_norm")(words.astype(self.dtype)), image, token[:, None]], 1)
+        seen = [LayerNorm(name="image_norm")(image), LayerNorm(name="mask_norm")(token)]
+        pixels = jnp.broadcast_to(pixel_centres(height, width), (batch, height * width, 2))
+        places = jnp.concatenate([pixels, centre], 1)
+        seen = jnp.concatenate(seen, 1) + fourier_position(places, hidden).astype(self.dtype)
+        x = jnp.concatenate([LayerNorm(name="word_norm")(words.astype(self.dtype)), seen], 1)
         kept = jnp.concatenate([word_mask, jnp.ones((batch, height * width + 1), word_mask.dtype)], 1)
         bias = attention_bias(kept)
         for i in range(self.layers):
