@@ -170,12 +170,25 @@ def section(groups: dict[str, Group]) -> list[str]:
             *("", f"### Hidden words ({first})", ""),
             "Of every expression one word is hidden: percentage that Mask Grounding guesses with the expression's picture "
             "and object, and with those of another. Where both are the same, it has not learnt to look.",
-            *("", *_table(guessing, shares)),
+            *("", *_table(guessing, shares), ""),
+            "What its picture adds, in percentage points, by the word that is hidden (the most frequent ones):",
+            *("", *_table(guessing, _added_by_word(guessing))),
         ]
 
     lines += ["", "### What helped, and what did not", "", *verdicts(groups, columns[first], f"{first} oIoU")]
     lines += ["", "### Compute", "", *_compute(groups)]
     return lines
+
+
+def _added_by_word(groups: dict[str, Group], most: int = 16) -> dict[str, Callable[[Result], float]]:
+    """Runs hide the same words of the same sentences."""
+    frequent = list(_first(next(iter(groups.values())))["hidden_words"]["words"])[:most]
+
+    def added(result: Result, word: str) -> float:
+        figures = result["hidden_words"]["words"][word]
+        return figures["own"] - figures["other"]
+
+    return {word: lambda result, word=word: added(result, word) for word in frequent}
 
 
 def _oiou(split: str) -> Callable[[Result], float]:

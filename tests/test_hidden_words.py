@@ -62,6 +62,15 @@ def test_with_its_own_picture_and_with_another():
         found = hidden_words(fake, "val", seed=3)
         assert found["count"] == len(records)
         assert found["own"] == 100
+    by_word = found["words"]
+    counts = [figures["count"] for figures in by_word.values()]
+    assert len(by_word) > 5
+    assert counts == sorted(counts, reverse=True)
+    assert sum(counts) == len(records)
+    assert all(figures["own"] == 100 for figures in by_word.values())
+    right = sum(figures["count"] * figures["other"] for figures in by_word.values())
+    assert right / len(records) == pytest.approx(found["other"])
+    assert set(by_word) <= {token for row in ids for token in tokenizer.tokens(row)}
     partner = other_pairs(records.image_rows, 3)
     assert not (records.image_rows[partner] == records.image_rows).any()
     # Which word is hidden is drawn: in the place of one of each sentence's, the other's sentence has the same by chance.
@@ -71,6 +80,26 @@ def test_with_its_own_picture_and_with_another():
     ]
     assert 0 < found["other"] < 60
     assert found["other"] == pytest.approx(100 * np.mean(chance), abs=15)
+
+
+def test_words_are_printed_the_most_frequent_first(monkeypatch, capsys):
+    words = {
+        "red": {"own": 75.0, "other": 20.0, "count": 5},
+        "circle": {"own": 50.0, "other": 49.0, "count": 4},
+    }
+    found = {"own": 60.0, "other": 25.0, "count": 9, "words": words}
+    monkeypatch.setattr(module, "load_trained", lambda _: None)
+    monkeypatch.setattr(module, "hidden_words", lambda *_: found)
+    assert main(["--run=x"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert main(["--run=x", "--words=9"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [(line[0], line[1], line[3], line[8]) for line in lines] == [
+        ("red", "5", "75.0", "20.0"),
+        ("circle", "4", "50.0", "49.0"),
+    ]
+    assert main(["--run=x", "--words=-1"]) == 1
+    assert "--words is -1" in capsys.readouterr().err
 
 
 def test_a_run_without_the_head_is_refused(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The study: its variants, one run, the grid that survives being stopped, and the report's statistics."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -259,11 +260,17 @@ def test_report_says_what_helped_and_what_did_not(tmp_path):
 
 def test_report_says_whether_the_hidden_words_are_looked_for(tmp_path):
     """Of the variants that guess any."""
-    words = {"own": 60.0, "other": 25.0, "count": 9}
+    by_word = {
+        "red": {"own": 75.0, "other": 20.0, "count": 5},
+        "top": {"own": 50.0, "other": 50.0, "count": 4},
+    }
+    words = {"own": 60.0, "other": 25.0, "count": 9, "words": by_word}
     write(tmp_path, [result("baseline", 0, 1.0), result("mg", 0, 2.0, hidden_words=words)])
     text = study_report.write_report(tmp_path).read_text()
     section = text[text.index("### Hidden words (val)") : text.index("### What helped")]
     assert "| + Mask Grounding | 1 | 60.0 | 25.0 |" in section
+    assert "| | seeds | red | top |" in section
+    assert re.search(r"\| \+ Mask Grounding \| 1 \| \+?55.0 \| \+?0.0 \|", section)
     assert "baseline" not in section
 
 
