@@ -124,7 +124,6 @@ def get_config() -> ConfigDict:
     optimizer.name = "adamw"  # Or 'muon': Muon for the linear layers, Adam for the rest; not for 'fsdp'.
     # Smaller side, in channels, of the largest matrices that Muon moves; 0: no limit.
     optimizer.muon_largest = 0
-    optimizer.muon_except = ()  # Expressions: linear layers whose names they find are left to Adam.
     optimizer.learning_rate = 5e-5
     optimizer.schedule = "polynomial"  # 'polynomial', 'cosine' or 'constant'; the first two end at 0.
     optimizer.power = 0.9  # Of the polynomial.

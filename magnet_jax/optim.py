@@ -49,7 +49,7 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
         clip, adam = optax.flatten(clip), optax.flatten(adam)
     chain = [clip]
     if config.name == "muon":
-        labels = functools.partial(muon_labels, largest=config.muon_largest, spared=config.muon_except)
+        labels = functools.partial(muon_labels, largest=config.muon_largest)
         chain.append(optax.partition({"muon": scale_by_stacked_muon(), "adam": adam}, labels))
     else:
         chain.append(adam)
@@ -63,17 +63,14 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
     return optax.chain(*chain, optax.scale_by_learning_rate(schedule)), schedule
 
 
-def muon_labels(params, largest: int, spared: tuple[str, ...] = ()):
+def muon_labels(params, largest: int):
     """A tree like `params` of 'muon' for the kernels of linear layers and 'adam' for all else.
 
     A kernel whose smaller side is above `largest` (0: no limit) is left to Adam: the cost grows with that side's square.
-    So is one whose name an expression of `spared` finds.
     """
-    patterns = [compile_pattern(pattern, "optimizer.muon_except") for pattern in spared]
 
     def label(path, leaf):
-        name = path_name(path)
-        matrix = leaf.ndim == 2 and name.endswith("/kernel") and not any(p.search(name) for p in patterns)
+        matrix = leaf.ndim == 2 and path_name(path).endswith("/kernel")
         return "muon" if matrix and (not largest or min(leaf.shape) <= largest) else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)
