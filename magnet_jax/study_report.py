@@ -180,7 +180,7 @@ def section(groups: dict[str, Group]) -> list[str]:
     return lines
 
 
-def _added_by_word(groups: dict[str, Group], most: int = 16) -> dict[str, Callable[[Result], float]]:
+def _added_by_word(groups: dict[str, Group], most: int = 30) -> dict[str, Callable[[Result], float]]:
     """Runs hide the same words of the same sentences."""
     frequent = list(_first(next(iter(groups.values())))["hidden_words"]["words"])[:most]
 
