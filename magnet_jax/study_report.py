@@ -172,7 +172,7 @@ def section(groups: dict[str, Group]) -> list[str]:
             "and object, and with those of another. Where both are the same, it has not learnt to look.",
             *("", *_table(guessing, shares), ""),
             "What its picture adds, in percentage points, by the word that is hidden (the most frequent ones):",
-            *("", *_table(guessing, _added_by_word(guessing))),
+            *("", *_added_by_word(guessing)),
         ]
 
     lines += ["", "### What helped, and what did not", "", *verdicts(groups, columns[first], f"{first} oIoU")]
@@ -180,15 +180,23 @@ def section(groups: dict[str, Group]) -> list[str]:
     return lines
 
 
-def _added_by_word(groups: dict[str, Group], most: int = 30) -> dict[str, Callable[[Result], float]]:
-    """Runs hide the same words of the same sentences."""
-    frequent = list(_first(next(iter(groups.values())))["hidden_words"]["words"])[:most]
+def _added_by_word(groups: dict[str, Group], most: int = 30) -> list[str]:
+    """A row for each word; runs hide the same words of the same sentences."""
 
     def added(result: Result, word: str) -> float:
         figures = result["hidden_words"]["words"][word]
         return figures["own"] - figures["other"]
 
-    return {word: lambda result, word=word: added(result, word) for word in frequent}
+    lines = [
+        f"| | times | {' | '.join(_label(groups, variant) for variant in groups)} |",
+        f"|---|---|{'---|' * len(groups)}",
+    ]
+    for word, figures in list(_first(next(iter(groups.values())))["hidden_words"]["words"].items())[:most]:
+        cells = [
+            str(interval([added(result, word) for result in group.values()])) for group in groups.values()
+        ]
+        lines.append(f"| {word} | {figures['count']} | {' | '.join(cells)} |")
+    return lines
 
 
 def _oiou(split: str) -> Callable[[Result], float]:
