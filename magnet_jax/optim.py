@@ -2,17 +2,21 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
-from magnet_jax.sharding import compile_pattern, path_name
+from magnet_jax.sharding import FSDP_MIN_BYTES, compile_pattern, path_name
 
 Schedule = Callable[[int], jax.Array]
+
+_SMALL = 16_384  # Values of an array that is joined with others; 962 of MagNet's 1439 are no larger.
 
 
 def make_schedule(config: ConfigDict, total_steps: int) -> Schedule:
@@ -43,24 +47,105 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
     if config.name not in ("adamw", "muon"):
         raise UserError(f"config.optimizer.name is '{config.name}'; expected 'adamw' or 'muon'")
     schedule = make_schedule(config, total_steps)
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    if config.flatten:
-        clip, adam = optax.flatten(clip), optax.flatten(adam)
-    chain = [clip]
+    movers = {"adam": optax.scale_by_adam(config.b1, config.b2, config.eps)}
     if config.name == "muon":
-        labels = functools.partial(muon_labels, largest=config.muon_largest)
-        chain.append(optax.partition({"muon": scale_by_stacked_muon(), "adam": adam}, labels))
-    else:
-        chain.append(adam)
-    chain.append(
-        optax.add_decayed_weights(
-            config.weight_decay, mask=lambda params: decay_mask(params, config.no_decay)
-        )
+        movers["muon"] = scale_by_stacked_muon()
+    factors = [factor for _, factor in config.lr_multipliers]
+
+    def decayed(groups):
+        return {mover: {decay: decay == "decayed" for decay in kinds} for mover, kinds in groups.items()}
+
+    def multiply(updates, params=None):
+        def one(path, update):
+            index = path[2].key
+            return update if index == "rest" else update * factors[int(index)]
+
+        return jax.tree_util.tree_map_with_path(one, updates)
+
+    chain = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.partition(movers, lambda groups: {mover: mover for mover in groups}),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.stateless(multiply),
+        optax.scale_by_learning_rate(schedule),
     )
-    if config.lr_multipliers:
-        chain.append(_scale_by_name(tuple(config.lr_multipliers)))
-    return optax.chain(*chain, optax.scale_by_learning_rate(schedule)), schedule
+    return _on_groups(chain, functools.partial(_places, config=config)), schedule
+
+
+class Place(NamedTuple):
+    """Where an array of the parameters is among those that the chain sees.
+
+    keys: 'adam' or 'muon', 'decayed' or 'spared', the number of its multiplier or 'rest', and a name.
+    start: its first value in the vector of that name; None for an array of its own.
+    """
+
+    keys: tuple[str, ...]
+    start: int | None
+
+
+def _places(params, config: ConfigDict) -> list[Place]:
+    """The place of each array of `params`: the small ones that Adam moves alike are joined into vectors.
+
+    A network has a thousand small arrays, and the dozen operations on each would be much of the program, which takes long
+    to compile and to load. The vectors are too small for 'fsdp' to split them, unless `config.flatten` joins all.
+    """
+    muon = config.name == "muon"
+    decays = jax.tree.leaves(decay_mask(params, config.no_decay))
+    movers = jax.tree.leaves(muon_labels(params, config.muon_largest)) if muon else ["adam"] * len(decays)
+    patterns = [compile_pattern(pattern, "optimizer.lr_multipliers") for pattern, _ in config.lr_multipliers]
+    largest = FSDP_MIN_BYTES // 4 - 1  # Values of float32.
+    places, last = [], {}
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), mover, decay in zip(leaves, movers, decays, strict=True):
+        name = path_name(path)
+        multiplier = next((str(i) for i, pattern in enumerate(patterns) if pattern.search(name)), "rest")
+        kind = (mover, "decayed" if decay else "spared", multiplier)
+        if mover == "muon" or not (config.flatten or leaf.size <= _SMALL):
+            places.append(Place((*kind, *name.split("/")), None))
+            continue
+        vector, start = last.get(kind, (0, 0))
+        if start + leaf.size > largest and not config.flatten:
+            vector, start = vector + 1, 0
+        places.append(Place((*kind, f"joined_{vector}"), start))
+        last[kind] = vector, start + leaf.size
+    return places
+
+
+def _on_groups(
+    tx: optax.GradientTransformation, places_of: Callable[[Any], list[Place]]
+) -> optax.GradientTransformation:
+    """`tx`, which is given its arrays as `{mover: {decay: {multiplier: {name: array}}}}`."""
+
+    def grouped(tree):
+        groups = {}
+        for place, leaf in zip(places_of(tree), jax.tree.leaves(tree), strict=True):
+            groups.setdefault(place.keys, []).append(leaf if place.start is None else leaf.ravel())
+        return unflatten_dict(
+            {keys: jnp.concatenate(parts) if len(parts) > 1 else parts[0] for keys, parts in groups.items()}
+        )
+
+    def init(params):
+        return tx.init(grouped(params))
+
+    def update(updates, state, params=None):
+        groups, state = tx.update(grouped(updates), state, None if params is None else grouped(params))
+        groups, leaves = flatten_dict(groups), []
+        for (keys, start), leaf in zip(places_of(updates), jax.tree.leaves(updates), strict=True):
+            value = groups[keys]
+            if start is not None:
+                value = value[start : start + leaf.size].reshape(leaf.shape)
+            leaves.append(value)
+        return jax.tree.unflatten(jax.tree.structure(updates), leaves), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def global_norm(tree) -> jax.Array:
+    """The root of the sum of all squares; one sum for all small arrays, as in the optimizer."""
+    leaves = jax.tree.leaves(tree)
+    small = [leaf.ravel() for leaf in leaves if leaf.size <= _SMALL]
+    large = [leaf for leaf in leaves if leaf.size > _SMALL]
+    return optax.global_norm([*large, jnp.concatenate(small)] if small else large)
 
 
 def muon_labels(params, largest: int):
@@ -110,20 +195,3 @@ def decay_mask(params, no_decay: tuple[str, ...]):
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not any(pattern.search(path_name(path)) for pattern in patterns), params
     )
-
-
-def _scale_by_name(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
-    factors = [
-        (compile_pattern(pattern, "optimizer.lr_multipliers"), factor) for pattern, factor in multipliers
-    ]
-
-    def scale(updates, params=None):
-        def one(path, update):
-            for pattern, factor in factors:
-                if pattern.search(path_name(path)):
-                    return update * factor
-            return update
-
-        return jax.tree_util.tree_map_with_path(one, updates)
-
-    return optax.stateless(scale)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from magnet_jax.models.layers import batch_split_by, examples_at
 from magnet_jax.network import Network
+from magnet_jax.optim import global_norm
 from magnet_jax.total_loss import (
     Batch,
     Metrics,
@@ -118,7 +119,7 @@ def make_train_step(
         # All are needed before one is used. A TPU would else sum up squares while it multiplies matrices, which takes its
         # compiler minutes to arrange.
         gradient = jax.lax.optimization_barrier(gradient)
-        metrics["grad_norm"] = optax.global_norm(gradient)
+        metrics["grad_norm"] = global_norm(gradient)
         if schedule is not None:
             metrics["learning_rate"] = schedule(state.step)
 

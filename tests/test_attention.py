@@ -60,3 +60,18 @@ def test_heads_side_by_side():
     found = attend(query, key, value, scale=0.3)
     expected = formula(*(x.swapaxes(1, 2) for x in (query, key, value)), 0.3, None)
     np.testing.assert_allclose(found, expected.swapaxes(1, 2), atol=1e-6)
+
+
+def test_of_one_key_all_is_given():
+    """Whatever the query; the short way there has the gradients of the long one."""
+    rng = np.random.default_rng(1)
+    query, key, value, gradient = (
+        jnp.float32(rng.normal(size=(BATCH, n, HEADS, WIDTH))) for n in (QUERIES, 1, 1, QUERIES)
+    )
+
+    def results(**bias):
+        out, pull = jax.vjp(lambda *arrays: attend(*arrays, scale=0.3, **bias), query, key, value)
+        return out, *pull(gradient)
+
+    for a, b in zip(results(), results(bias=jnp.zeros((1, 1, 1))), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)

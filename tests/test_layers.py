@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 from jax.sharding import PartitionSpec
 
 from magnet_jax.hlo_text import COLLECTIVES, cost
@@ -54,6 +55,13 @@ def test_bfloat16_is_that_of_flax(bias):
     ours, theirs = (kind(6, use_bias=bias, dtype=jnp.bfloat16).apply(params, x) for kind in (Dense, nn.Dense))
     assert ours.dtype == theirs.dtype == jnp.bfloat16
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_parameter_of_another_shape_is_refused():
+    x = jnp.ones((2, 3))
+    params = Dense(4, name="a").init(jax.random.key(0), x)
+    with pytest.raises(ScopeParamShapeError, match=r'"kernel".*\(3, 5\).*\(3, 4\)'):
+        Dense(5).apply(params, x)
 
 
 def test_gradients_of_parameters_are_not_rounded():

@@ -10,8 +10,8 @@ import pytest
 from configs import common, debug
 from magnet_jax.errors import UserError
 from magnet_jax.network import build_network
-from magnet_jax.optim import decay_mask, make_optimizer, make_schedule, muon_labels
-from magnet_jax.sharding import path_name
+from magnet_jax.optim import decay_mask, global_norm, make_optimizer, make_schedule, muon_labels
+from magnet_jax.sharding import FSDP_MIN_BYTES, path_name
 from magnet_jax.trained import batch_shapes
 
 
@@ -78,6 +78,48 @@ def test_three_steps_equal_adamw_written_out(flatten):
                 direction = direction + decay * expected[name][part]
                 expected[name][part] = expected[name][part] - 0.1 * (1 - step / 10) * factor * direction
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), params, expected)
+
+
+def test_joined_arrays_move_as_each_alone_would():
+    """More of them than one vector may hold, of several kinds, beside large ones; no vector is one that 'fsdp' splits."""
+    config = optimizer_config(
+        learning_rate=0.1, weight_decay=0.2, clip_norm=3.0, schedule="constant", lr_multipliers=(("^b", 3.0),)
+    )
+    rng = np.random.default_rng(0)
+    shapes = {f"{side}{i}": {"kernel": (128, 128), "bias": (i,)} for side in "ab" for i in range(1, 18)}
+    shapes["large"] = {"kernel": (129, 128)}
+
+    def draw():
+        return jax.tree.map(
+            lambda shape: jnp.float32(rng.normal(size=shape)), shapes, is_leaf=lambda x: isinstance(x, tuple)
+        )
+
+    params = draw()
+    plain = optax.chain(
+        optax.clip_by_global_norm(3.0),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(
+            0.2, mask={name: {part: part == "kernel" for part in array} for name, array in shapes.items()}
+        ),
+        optax.stateless(
+            lambda updates, _: {
+                n: optax.tree.scale(3.0 if n[0] == "b" else 1.0, u) for n, u in updates.items()
+            }
+        ),
+        optax.scale_by_learning_rate(0.1),
+    )
+    tx, _ = make_optimizer(config, 10)
+    state, plain_state = tx.init(params), plain.init(params)
+    assert 4 * sum(array.size for array in jax.tree.leaves(params)) > 2 * FSDP_MIN_BYTES
+    assert len(jax.tree.leaves(state)) < len(jax.tree.leaves(params)) / 2
+    assert all(array.nbytes < FSDP_MIN_BYTES for array in jax.tree.leaves(state))
+    update, update_plain = jax.jit(tx.update), jax.jit(plain.update)
+    for _ in range(3):
+        gradient = draw()
+        assert float(global_norm(gradient)) == pytest.approx(float(optax.global_norm(gradient)), rel=1e-6)
+        updates, state = update(gradient, state, params)
+        expected, plain_state = update_plain(gradient, plain_state, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, expected)
 
 
 def test_muon_equals_optax_matrix_by_matrix():

@@ -20,6 +20,8 @@ def attend(query, key, value, *, scale: float, bias=None) -> jax.Array:
 
     query [..., Q, H, D], key and value [..., K, H, D], bias broadcastable to [..., H, Q, K] -> [..., Q, H, D].
     """
+    if key.shape[-3] == 1 and bias is None:
+        return jnp.broadcast_to(value, query.shape)  # All of the weight is on the one there is.
     by_head = (jnp.swapaxes(x, -3, -2) for x in (query, key, value))
     return jnp.swapaxes(attend_by_head(*by_head, scale=scale, bias=bias), -3, -2)
 

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,20 @@ def _linear_backward(residuals, gradient):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+def parameter(module: nn.Module, name: str, initializer: Callable, shape: tuple[int, ...]) -> jax.Array:
+    """As `module.param`, but one that is there already is only compared with `shape`.
+
+    Flax would let JAX trace `initializer` for its shape, a thousand times for each program. Raises flax's
+    `ScopeParamShapeError` for another shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, initializer, shape)
+    value = module.get_variable("params", name)
+    if jnp.shape(value) != shape:
+        raise flax.errors.ScopeParamShapeError(name, module.scope.path_text, jnp.shape(value), shape)
+    return value
+
+
 class Dense(nn.Module):
     """Linear layer `[..., C] -> [..., features]` in `dtype`, with float32 parameters.
 
@@ -120,8 +135,8 @@ class Dense(nn.Module):
     @nn.compact
     def parameters(self, channels: int) -> tuple[jax.Array, jax.Array | None]:
         """Kernel `[channels, features]` and bias `[features]`, float32, for those who use them in another way."""
-        kernel = self.param("kernel", self.kernel_init, (channels, self.features))
-        return kernel, self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
+        kernel = parameter(self, "kernel", self.kernel_init, (channels, self.features))
+        return kernel, parameter(self, "bias", self.bias_init, (self.features,)) if self.use_bias else None
 
     def __call__(self, x):
         return linear(x.astype(self.dtype), *self.parameters(x.shape[-1]))

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from magnet_jax.models.layers import ones, zeros
+from magnet_jax.models.layers import ones, parameter, zeros
 
 
 class LayerNorm(nn.Module):
@@ -21,8 +21,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", ones, (x.shape[-1],))
-        bias = self.param("bias", zeros, (x.shape[-1],))
+        scale = parameter(self, "scale", ones, (x.shape[-1],))
+        bias = parameter(self, "bias", zeros, (x.shape[-1],))
         return _layer_norm(x, scale, bias, self.epsilon)
 
 
@@ -69,8 +69,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         batch, pixels, channels = x.shape
-        scale = self.param("scale", ones, (channels,))
-        bias = self.param("bias", zeros, (channels,))
+        scale = parameter(self, "scale", ones, (channels,))
+        bias = parameter(self, "bias", zeros, (channels,))
         y = x.reshape(batch, pixels, self.groups, -1)
         mean, inverse = _statistics(y, (1, 3), self.epsilon)
         y = (y.astype(jnp.float32) - mean) * inverse
