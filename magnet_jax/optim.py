@@ -12,11 +12,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
-from magnet_jax.sharding import FSDP_MIN_BYTES, compile_pattern, path_name
+from magnet_jax.sharding import JOINED, compile_pattern, path_name
 
 Schedule = Callable[[int], jax.Array]
 
-_SMALL = 16_384  # Values of an array that is joined with others; 962 of MagNet's 1439 are no larger.
+_SMALL = 65_536  # Values of an array that is joined with others; 1119 of MagNet's 1439 are no larger.
 
 
 def make_schedule(config: ConfigDict, total_steps: int) -> Schedule:
@@ -87,14 +87,13 @@ def _places(params, config: ConfigDict) -> list[Place]:
     """The place of each array of `params`: the small ones that Adam moves alike are joined into vectors.
 
     A network has a thousand small arrays, and the dozen operations on each would be much of the program, which takes long
-    to compile and to load. The vectors are too small for 'fsdp' to split them, unless `config.flatten` joins all.
+    to compile and to load. With `config.flatten` all that Adam moves are small.
     """
     muon = config.name == "muon"
     decays = jax.tree.leaves(decay_mask(params, config.no_decay))
     movers = jax.tree.leaves(muon_labels(params, config.muon_largest)) if muon else ["adam"] * len(decays)
     patterns = [compile_pattern(pattern, "optimizer.lr_multipliers") for pattern, _ in config.lr_multipliers]
-    largest = FSDP_MIN_BYTES // 4 - 1  # Values of float32.
-    places, last = [], {}
+    places, filled = [], {}
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), mover, decay in zip(leaves, movers, decays, strict=True):
         name = path_name(path)
@@ -102,12 +101,9 @@ def _places(params, config: ConfigDict) -> list[Place]:
         kind = (mover, "decayed" if decay else "spared", multiplier)
         if mover == "muon" or not (config.flatten or leaf.size <= _SMALL):
             places.append(Place((*kind, *name.split("/")), None))
-            continue
-        vector, start = last.get(kind, (0, 0))
-        if start + leaf.size > largest and not config.flatten:
-            vector, start = vector + 1, 0
-        places.append(Place((*kind, f"joined_{vector}"), start))
-        last[kind] = vector, start + leaf.size
+        else:
+            places.append(Place((*kind, JOINED), filled.get(kind, 0)))
+            filled[kind] = filled.get(kind, 0) + leaf.size
     return places
 
 

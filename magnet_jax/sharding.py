@@ -17,6 +17,9 @@ from magnet_jax.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 FSDP_MIN_BYTES = 2**20  # Smaller arrays cost more to gather than to hold.
+JOINED = (
+    "joined"  # The name of a vector that is many small arrays, which therefore lies whole on every device.
+)
 
 
 def make_mesh(axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -65,6 +68,8 @@ def state_sharding(shapes, mesh: Mesh, rules: Sequence[tuple[str, str]]):
 
     def place(path, leaf):
         name = path_name(path)
+        if name.endswith(f"/{JOINED}"):
+            return replicated(mesh)
         for pattern, tactic in compiled:
             if pattern.search(name):
                 return NamedSharding(mesh, _spec(tactic, leaf, mesh))

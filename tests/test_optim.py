@@ -11,7 +11,7 @@ from configs import common, debug
 from magnet_jax.errors import UserError
 from magnet_jax.network import build_network
 from magnet_jax.optim import decay_mask, global_norm, make_optimizer, make_schedule, muon_labels
-from magnet_jax.sharding import FSDP_MIN_BYTES, path_name
+from magnet_jax.sharding import FSDP_MIN_BYTES, make_mesh, path_name, state_sharding
 from magnet_jax.trained import batch_shapes
 
 
@@ -81,13 +81,13 @@ def test_three_steps_equal_adamw_written_out(flatten):
 
 
 def test_joined_arrays_move_as_each_alone_would():
-    """More of them than one vector may hold, of several kinds, beside large ones; no vector is one that 'fsdp' splits."""
+    """Of several kinds, beside a large one; each device keeps them whole, since each alone is too small to split."""
     config = optimizer_config(
         learning_rate=0.1, weight_decay=0.2, clip_norm=3.0, schedule="constant", lr_multipliers=(("^b", 3.0),)
     )
     rng = np.random.default_rng(0)
     shapes = {f"{side}{i}": {"kernel": (128, 128), "bias": (i,)} for side in "ab" for i in range(1, 18)}
-    shapes["large"] = {"kernel": (129, 128)}
+    shapes["large"] = {"kernel": (512, 1024)}
 
     def draw():
         return jax.tree.map(
@@ -110,9 +110,14 @@ def test_joined_arrays_move_as_each_alone_would():
     )
     tx, _ = make_optimizer(config, 10)
     state, plain_state = tx.init(params), plain.init(params)
-    assert 4 * sum(array.size for array in jax.tree.leaves(params)) > 2 * FSDP_MIN_BYTES
-    assert len(jax.tree.leaves(state)) < len(jax.tree.leaves(params)) / 2
-    assert all(array.nbytes < FSDP_MIN_BYTES for array in jax.tree.leaves(state))
+    placed = state_sharding(state, make_mesh((("data", -1),)), ((".*", "fsdp"),))
+    large = [
+        (array.shape, where.is_fully_replicated)
+        for array, where in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True)
+        if array.nbytes >= FSDP_MIN_BYTES
+    ]
+    kernels = (17 * 128 * 128,)
+    assert sorted(large) == sorted(2 * [((512, 1024), False), (kernels, True), (kernels, True)])
     update, update_plain = jax.jit(tx.update), jax.jit(plain.update)
     for _ in range(3):
         gradient = draw()
