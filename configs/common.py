@@ -137,7 +137,8 @@ def get_config() -> ConfigDict:
     optimizer.b1 = 0.9
     optimizer.b2 = 0.999
     optimizer.eps = 1e-8
-    optimizer.flatten = False  # Adam's moments as one vector each: for small networks faster; not for 'fsdp'.
+    # Move as one vector, whole on every device, all that Adam moves, not only small arrays: for small networks faster.
+    optimizer.flatten = False
     optimizer.clip_norm = 1.0  # Global norm that gradients are cut to; 0 for never.
     optimizer.lr_multipliers = ()  # ((expression, factor), ...): the first found in a name scales its learning rate.
 
