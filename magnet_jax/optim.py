@@ -16,7 +16,7 @@ from magnet_jax.sharding import JOINED, compile_pattern, path_name
 
 Schedule = Callable[[int], jax.Array]
 
-_SMALL = 65_536  # Values of an array that is joined with others; 1119 of MagNet's 1439 are no larger.
+SMALL = 65_536  # Values of an array that is joined with others; 1119 of MagNet's 1439 are no larger.
 
 
 def make_schedule(config: ConfigDict, total_steps: int) -> Schedule:
@@ -99,7 +99,7 @@ def _places(params, config: ConfigDict) -> list[Place]:
         name = path_name(path)
         multiplier = next((str(i) for i, pattern in enumerate(patterns) if pattern.search(name)), "rest")
         kind = (mover, "decayed" if decay else "spared", multiplier)
-        if mover == "muon" or not (config.flatten or leaf.size <= _SMALL):
+        if mover == "muon" or not (config.flatten or leaf.size <= SMALL):
             places.append(Place((*kind, *name.split("/")), None))
         else:
             places.append(Place((*kind, JOINED), filled.get(kind, 0)))
@@ -139,8 +139,8 @@ def _on_groups(
 def global_norm(tree) -> jax.Array:
     """The root of the sum of all squares; one sum for all small arrays, as in the optimizer."""
     leaves = jax.tree.leaves(tree)
-    small = [leaf.ravel() for leaf in leaves if leaf.size <= _SMALL]
-    large = [leaf for leaf in leaves if leaf.size > _SMALL]
+    small = [leaf.ravel() for leaf in leaves if leaf.size <= SMALL]
+    large = [leaf for leaf in leaves if leaf.size > SMALL]
     return optax.global_norm([*large, jnp.concatenate(small)] if small else large)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from configs import debug
 from configs.lavt_refcoco import use_lavt
-from magnet_jax import sharding
+from magnet_jax import optim, sharding
 from magnet_jax.models import lavt, magnet, mask_predictor, pixel_decoder
 from magnet_jax.network import build_network
 from magnet_jax.optim import make_optimizer
@@ -98,7 +98,7 @@ def run(name, form, remat=()):
 
 def main(name, out):
     """Runs every form and writes what came out."""
-    sharding.FSDP_MIN_BYTES = 0  # Nothing here is large.
+    sharding.FSDP_MIN_BYTES, optim.SMALL = 0, 20  # Nothing here is large; biases are small.
     # The derivative of a ReLU jumps: a value that rounding of 1e-7 carries across zero changes a gradient by 1e-3. Which
     # of 100,000 values lies there is chance, not the form, so the networks are compared with a smooth activation.
     for module in (lavt, magnet, mask_predictor, pixel_decoder):
