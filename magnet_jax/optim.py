@@ -1,6 +1,7 @@
 """Learning-rate schedules and the optax chain."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
     movers = {"adam": optax.scale_by_adam(config.b1, config.b2, config.eps)}
     if config.name == "muon":
         movers["muon"] = scale_by_stacked_muon()
-    factors = [factor for _, factor in config.lr_multipliers]
+    factors = [factor for _, factor in _multipliers(config)]
 
     def decayed(groups):
         return {mover: {decay: decay == "decayed" for decay in kinds} for mover, kinds in groups.items()}
@@ -70,6 +71,20 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
         optax.scale_by_learning_rate(schedule),
     )
     return _on_groups(chain, functools.partial(_places, config=config)), schedule
+
+
+def _multipliers(config: ConfigDict) -> list[tuple[re.Pattern, float]]:
+    pairs = config.lr_multipliers
+    try:
+        numbers = {pattern: float(factor) for pattern, factor in pairs}
+    except (TypeError, ValueError):
+        raise UserError(
+            f"config.optimizer.lr_multipliers is {pairs}; expected pairs of an expression and a number: "
+            "(('^grounding/', 5.0),)"
+        ) from None
+    return [
+        (compile_pattern(pattern, "optimizer.lr_multipliers"), factor) for pattern, factor in numbers.items()
+    ]
 
 
 class Place(NamedTuple):
@@ -92,7 +107,7 @@ def _places(params, config: ConfigDict) -> list[Place]:
     muon = config.name == "muon"
     decays = jax.tree.leaves(decay_mask(params, config.no_decay))
     movers = jax.tree.leaves(muon_labels(params, config.muon_largest)) if muon else ["adam"] * len(decays)
-    patterns = [compile_pattern(pattern, "optimizer.lr_multipliers") for pattern, _ in config.lr_multipliers]
+    patterns = [pattern for pattern, _ in _multipliers(config)]
     places, filled = [], {}
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), mover, decay in zip(leaves, movers, decays, strict=True):

@@ -17,9 +17,7 @@ from magnet_jax.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
 FSDP_MIN_BYTES = 2**20  # Smaller arrays cost more to gather than to hold.
-JOINED = (
-    "joined"  # The name of a vector that is many small arrays, which therefore lies whole on every device.
-)
+JOINED = "joined"  # Name of a vector of many small arrays, which therefore lies whole on every device.
 
 
 def make_mesh(axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -82,7 +80,7 @@ def compile_pattern(pattern: str, field: str) -> re.Pattern:
     """A regular expression of a field of the configuration; raises UserError where it is none."""
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:  # The latter of what is no text.
         raise UserError(
             f"config.{field} has '{pattern}', which is no regular expression ({error}); '.*' is everything"
         ) from error

@@ -290,6 +290,17 @@ def test_fields_that_leave_training_alone_may_change(finished):
         ),
         ("seed", -1, r"config.seed is -1; expected 0 to 4294967295"),
         ("mesh", (("data", 0), ("fsdp", -1)), r"config.mesh is .*; expected sizes of 1 or more"),
+        (
+            "optimizer.lr_multipliers",
+            (3,),
+            r"config.optimizer.lr_multipliers is \(3,\); expected pairs of an expression and a number",
+        ),
+        (
+            "optimizer.lr_multipliers",
+            (("head", "fast"),),
+            r"lr_multipliers is \(\('head', 'fast'\),\); expected pairs of an expression and a number",
+        ),
+        ("optimizer.no_decay", (3,), r"config.optimizer.no_decay has '3', which is no regular expression"),
         ("optimizer.no_decay", ("*",), r"config.optimizer.no_decay has '\*', which is no regular expression"),
         ("init.magnet", "nowhere", r"config.init.magnet is 'nowhere'.*convert weights with it first"),
         ("init.swin", "nowhere", r"config.init.swin is 'nowhere'.*convert weights with it first"),
