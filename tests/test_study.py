@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from magnet_jax.study import Run, config_hash, execute, execute_all, is_done, pa
 from magnet_jax.trained import batch_shapes
 from tests.tiny import tiny_network
 
+STUDY = Path(__file__).parents[1] / "docs" / "study"
 TINY = """
 from configs import debug
 from configs.ablation import STUDIES, VARIANTS, Variant
@@ -291,6 +293,18 @@ def test_curves_are_of_the_steps_that_all_runs_tell_of():
     ]
     found = study_report.mask_losses({"mg": {0: first, 1: second}, "cam": {0: result("cam", 0, 1.0)}})
     assert found == {"mg": ([50, 100], [1.0, 0.625]), "cam": ([50, 100], [1.0, 0.5])}
+
+
+def test_committed_report_follows_from_the_committed_results(tmp_path):
+    """And those are of the configurations as they are now, so that the grid can be gone on with."""
+    files = sorted((STUDY / "results").iterdir())
+    assert files
+    for file in files:
+        told = json.loads(file.read_text())
+        run = Run(told["experiment"], told["flavour"], told["variant"], told["seed"])
+        assert (file.name, is_done(STUDY, run)) == (f"{run.name}.json", True)
+    shutil.copytree(STUDY / "results", tmp_path / "results")
+    assert study_report.write_report(tmp_path).read_text() == (STUDY / "report.md").read_text()
 
 
 def test_report_refuses_repeats_of_another_configuration(tmp_path):
