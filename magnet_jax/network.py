@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from magnet_jax.errors import UserError
 from magnet_jax.models import Lavt, MagNet, MaskGrounding, Output, TextProjection
 from magnet_jax.models.layers import Remat
+from magnet_jax.models.parameters import init_with_output
 from magnet_jax.models.sampling import FORMS
 from magnet_jax.models.swin import ATTENTION_FORMS
 
@@ -44,20 +45,26 @@ class Network:
         image = jnp.zeros((1, *batch["image"].shape[1:]))
         words = jnp.ones_like(ids)
         model_key, grounding_key, projection_key = jax.random.split(key, 3)
-        output, variables = self.model.init_with_output(model_key, image, ids, words)
+        # Which is for a backward pass; within it, parameters would be drawn one by one.
+        model = self.model.clone(remat=()) if getattr(self.model, "remat", ()) else self.model
+        output, variables = init_with_output(model, model_key, image, ids, words)
         params = {"model": variables["params"]}
         if self.grounding is not None:
-            params["grounding"] = self.grounding.init(
+            _, grounding = init_with_output(
+                self.grounding,
                 grounding_key,
                 output.word_features,
                 words,
                 output.stage_features[self.grounding_stage - 1],
                 jnp.zeros(image.shape[:3]),
                 output.word_embedding,
-            )["params"]
+            )
+            params["grounding"] = grounding["params"]
         if self.text_projection is not None:
             channels = output.mask_features.shape[-1]
-            projection = self.text_projection.init(projection_key, output.word_features, words, channels)
+            _, projection = init_with_output(
+                self.text_projection, projection_key, output.word_features, words, channels
+            )
             params["text_projection"] = projection["params"]
         return {"params": params, "batch_stats": variables.get("batch_stats", {})}
 

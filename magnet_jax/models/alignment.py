@@ -11,18 +11,9 @@ import jax.numpy as jnp
 
 from magnet_jax.models.activations import gelu
 from magnet_jax.models.attention import attend
-from magnet_jax.models.layers import (
-    Dense,
-    Dropout,
-    adaptive_average_pool,
-    fan_in_dense,
-    fan_in_uniform,
-    normal,
-    resize_align_corners,
-    truncated_normal,
-    zeros,
-)
+from magnet_jax.models.layers import Dense, Dropout, adaptive_average_pool, fan_in_dense, resize_align_corners
 from magnet_jax.models.norms import LayerNorm, instance_norm
+from magnet_jax.models.parameters import fan_in_uniform, normal, truncated_normal, zeros
 
 
 class PixelWordAttention(nn.Module):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from magnet_jax.models.activations import gelu
 from magnet_jax.models.attention import attend
-from magnet_jax.models.layers import Dense, Dropout, Remat, normal
+from magnet_jax.models.layers import Dense, Dropout, Remat
 from magnet_jax.models.norms import LayerNorm
+from magnet_jax.models.parameters import normal
 
 
 class BertEmbeddings(nn.Module):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax.models.layers import Dense, add_bias, linear, xavier_uniform, zeros
+from magnet_jax.models.layers import Dense, add_bias, linear
+from magnet_jax.models.parameters import xavier_uniform, zeros
 from magnet_jax.models.sampling import pixel_centres, sample, sample_in_cells
 
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from magnet_jax.models.activations import gelu
 from magnet_jax.models.bert import BertLayer, attention_bias
-from magnet_jax.models.layers import Dense, example_keys, normal, zeros
+from magnet_jax.models.layers import Dense, example_keys
 from magnet_jax.models.norms import LayerNorm
+from magnet_jax.models.parameters import normal, parameter, zeros
 
 
 def mask_words(
@@ -125,7 +126,7 @@ class MaskGrounding(nn.Module):
             )
 
         x = LayerNorm(1e-12, name="head_norm")(gelu(dense(hidden, "head")(x[:, :length])))
-        bias = self.param("vocabulary_bias", zeros, (word_embedding.shape[0],))
+        bias = parameter(self, "vocabulary_bias", zeros, (word_embedding.shape[0],))
         logits = jnp.einsum(
             "blt,vt->blv", x, word_embedding.astype(self.dtype), preferred_element_type=jnp.float32
         )

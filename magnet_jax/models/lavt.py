@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from magnet_jax.models.activations import relu
 from magnet_jax.models.alignment import Gate, PixelWordAttention
 from magnet_jax.models.bert import Bert, attention_bias
-from magnet_jax.models.layers import Remat, fan_in_dense, fan_in_uniform, resize_align_corners
+from magnet_jax.models.layers import Remat, fan_in_dense, resize_align_corners
 from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.output import Output
+from magnet_jax.models.parameters import fan_in_uniform
 from magnet_jax.models.swin import Swin
 
 

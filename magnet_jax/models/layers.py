@@ -9,23 +9,13 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-# Initial values, spec section 4b.
-truncated_normal = nn.initializers.truncated_normal(0.02)
-normal = nn.initializers.normal(0.02)
-xavier_uniform = nn.initializers.xavier_uniform()
-zeros = nn.initializers.zeros_init()
-ones = nn.initializers.ones_init()
-# Uniform in +-1/sqrt(fan_in), and in +-sqrt(3/fan_in).
-fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-kaiming_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
-
+from magnet_jax.models.parameters import fan_in_uniform, parameter, uniform_within, xavier_uniform, zeros
 
 _batch: contextvars.ContextVar[tuple[NamedSharding, int] | None] = contextvars.ContextVar(
     "batch", default=None
@@ -105,20 +95,6 @@ def _linear_backward(residuals, gradient):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-def parameter(module: nn.Module, name: str, initializer: Callable, shape: tuple[int, ...]) -> jax.Array:
-    """As `module.param`, but one that is there already is only compared with `shape`.
-
-    Flax would let JAX trace `initializer` for its shape, a thousand times for each program. Raises flax's
-    `ScopeParamShapeError` for another shape.
-    """
-    if not module.has_variable("params", name):
-        return module.param(name, initializer, shape)
-    value = module.get_variable("params", name)
-    if jnp.shape(value) != shape:
-        raise flax.errors.ScopeParamShapeError(name, module.scope.path_text, jnp.shape(value), shape)
-    return value
-
-
 class Dense(nn.Module):
     """Linear layer `[..., C] -> [..., features]` in `dtype`, with float32 parameters.
 
@@ -149,11 +125,7 @@ class Dense(nn.Module):
 
 def fan_in_dense(features: int, fan_in: int, *, dtype: Any, name: str | None = None) -> Dense:
     """Linear layer whose kernel and bias both start uniform in +-1/sqrt(fan_in)."""
-    bound = fan_in**-0.5
-
-    def bias_init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+    bias_init = uniform_within(fan_in**-0.5)
     return Dense(features, kernel_init=fan_in_uniform, bias_init=bias_init, dtype=dtype, name=name)
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from magnet_jax.models.activations import relu
 from magnet_jax.models.attention import attend
-from magnet_jax.models.layers import Dense, fan_in_dense, resize_half_pixel, sine_position, xavier_uniform
+from magnet_jax.models.layers import Dense, fan_in_dense, resize_half_pixel, sine_position
 from magnet_jax.models.norms import LayerNorm
+from magnet_jax.models.parameters import parameter, unit_normal, xavier_uniform
 
 
 class Attention(nn.Module):
@@ -76,10 +77,9 @@ class MaskPredictor(nn.Module):
     @nn.compact
     def __call__(self, features: Sequence[jax.Array], mask_features: jax.Array):
         batch, channels = mask_features.shape[0], mask_features.shape[-1]
-        unit_normal = nn.initializers.normal(1.0)
-        query = self.param("query", unit_normal, (1, channels))
-        query_position = self.param("query_position", unit_normal, (1, channels)).astype(self.dtype)
-        level_embedding = self.param("level_embedding", unit_normal, (len(features), channels)).astype(
+        query = parameter(self, "query", unit_normal, (1, channels))
+        query_position = parameter(self, "query_position", unit_normal, (1, channels)).astype(self.dtype)
+        level_embedding = parameter(self, "level_embedding", unit_normal, (len(features), channels)).astype(
             self.dtype
         )
         memories = [

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from magnet_jax.models.layers import ones, parameter, zeros
+from magnet_jax.models.parameters import ones, parameter, zeros
 
 
 class LayerNorm(nn.Module):

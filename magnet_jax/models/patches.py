@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax.models.layers import Dense, sine_position, truncated_normal, zeros
+from magnet_jax.models.layers import Dense, sine_position
 from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.order import TILE, Order, arrange, from_rows, into_rows
+from magnet_jax.models.parameters import parameter, truncated_normal, zeros
 
 
 class PatchProjection(nn.Module):
@@ -29,8 +30,8 @@ class PatchProjection(nn.Module):
     @nn.compact
     def __call__(self, image):
         size = (self.patch, self.patch)
-        kernel = self.param("kernel", truncated_normal, (*size, image.shape[-1], self.channels))
-        bias = self.param("bias", zeros, (self.channels,)).astype(self.dtype)
+        kernel = parameter(self, "kernel", truncated_normal, (*size, image.shape[-1], self.channels))
+        bias = parameter(self, "bias", zeros, (self.channels,)).astype(self.dtype)
         image, kernel = image.astype(self.dtype), kernel.astype(self.dtype)
         if self.by_planes:
             return _project_planes(image, kernel) + bias

@@ -12,16 +12,10 @@ import numpy as np
 from magnet_jax.models.activations import relu
 from magnet_jax.models.deformable import DeformableAttention
 from magnet_jax.models.feed_forward import feed_forward
-from magnet_jax.models.layers import (
-    Dense,
-    Remat,
-    add_position,
-    kaiming_uniform,
-    sine_position,
-    xavier_uniform,
-)
+from magnet_jax.models.layers import Dense, Remat, add_position, sine_position
 from magnet_jax.models.norms import GroupNorm, LayerNorm
 from magnet_jax.models.order import arrange, restore
+from magnet_jax.models.parameters import kaiming_uniform, parameter, unit_normal, xavier_uniform
 from magnet_jax.models.sampling import automatic, cells_for
 from magnet_jax.models.windows import Levels
 
@@ -78,9 +72,7 @@ class PixelDecoder(nn.Module):
         features = features[::-1]  # coarse to fine
         shapes = [feature.shape[1:3] for feature in features]
         batch = features[0].shape[0]
-        level_embedding = self.param(
-            "level_embedding", nn.initializers.normal(1.0), (len(features), self.channels)
-        )
+        level_embedding = parameter(self, "level_embedding", unit_normal, (len(features), self.channels))
 
         sources, positions = [], []
         for i, (feature, (height, width)) in enumerate(zip(features, shapes, strict=True)):

@@ -13,9 +13,10 @@ import numpy as np
 
 from magnet_jax.models.activations import gelu, gelu_by_slope
 from magnet_jax.models.attention import WindowMask, attend_by_head, attend_in_windows
-from magnet_jax.models.layers import Dense, Remat, path_scales, truncated_normal
+from magnet_jax.models.layers import Dense, Remat, path_scales
 from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.order import TILE, Order, arrange, from_rows, into_rows, restore
+from magnet_jax.models.parameters import parameter, truncated_normal
 from magnet_jax.models.patches import PatchEmbed, PatchMerging
 
 
@@ -115,7 +116,9 @@ class WindowAttention(nn.Module):
         scale = head_width**-0.5
         qkv = Dense(3 * channels, kernel_init=truncated_normal, dtype=self.dtype, name="qkv")
         proj = Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="proj")
-        table = self.param("relative_position_bias", truncated_normal, ((2 * window - 1) ** 2, self.heads))
+        table = parameter(
+            self, "relative_position_bias", truncated_normal, ((2 * window - 1) ** 2, self.heads)
+        )
         bias = table[relative_position_index(window)].transpose(2, 0, 1)  # [heads, pixels, pixels]
 
         if self.form == "lanes":
