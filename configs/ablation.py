@@ -59,6 +59,11 @@ VARIANTS = {
         "MagNet, language fusion as released", {**_ALL, "model.language_fusion": "released"}, "all"
     ),
     "released_gates": Variant("MagNet, gates as released", {**_ALL, "model.gate_init": "released"}, "all"),
+    # LAVT's cross-entropy is a hundredth of MagNet's losses of masks, so that at 1.0 the segmentation hardly counts beside
+    # Mask Grounding; at this weight its share of the whole is the same in both (docs/study.md).
+    "lavt_mg_light": Variant(
+        "LAVT + Mask Grounding at 0.01", {**_GROUNDING, "loss.grounding": 0.01}, "lavt", lavt=True
+    ),
 }
 
 STUDIES = {
@@ -67,6 +72,7 @@ STUDIES = {
     "masking": ("all", "ratio_0", "ratio_30", "ratio_50", "shared_pass"),
     "temperature": ("all", "tau_05", "tau_20"),
     "language": ("all", "released_fusion", "released_gates"),
+    "weight": ("lavt", "lavt_mg", "lavt_mg_light"),
     "everything": tuple(VARIANTS),
 }
 

@@ -3,14 +3,14 @@
 python -m magnet_jax.study --study=ablation --seeds=0,1,2,3,4 --out=DIR            run what is missing, then report
 python -m magnet_jax.study --out=DIR --report                                      report on what is there
 
-Every run is a process of its own and leaves `DIR/results/NAME.json`; stopped or killed, the same command goes on. The order
-of examples follows from the seed alone, so variants of one seed see the same.
+Every run is a process of its own and leaves `DIR/results/NAME.json`; stopped or killed, the same command goes on. Given
+again while it works, on another machine that has DIR for instance, it takes runs that nobody works on. The order of
+examples follows from the seed alone, so variants of one seed see the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -20,10 +20,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 from ml_collections import ConfigDict
 
@@ -91,28 +91,21 @@ def is_done(out: Path, run: Run) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def alone(out: Path, run: Run) -> Iterator[None]:
-    """While no other process works on a run, one that a killed study left behind for instance; else raises UserError."""
+def claim(out: Path, run: Run) -> IO[str] | None:
+    """The right to work on a run, for as long as some process has the file open; None where another has it."""
     file = out / "runs" / f"{run.name}.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Ends with the process, however that ends.
-        except OSError as error:
-            raise UserError(
-                f"another process works on run {run.name}; wait for it, or end it, and give the command again"
-            ) from error
-        yield
+    held = file.open("w")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        held.close()
+        return None
+    return held
 
 
 def execute(run: Run, out: Path) -> None:
-    """Trains and evaluates one run and writes its result; raises UserError where another process does so."""
-    with alone(out, run):
-        _execute(run, out)
-
-
-def _execute(run: Run, out: Path) -> None:
+    """Trains and evaluates one run and writes its result; who calls it has a claim to the run."""
     from magnet_jax.host_memory import compute_in_main_thread, keep_freed_memory
 
     compute_in_main_thread()
@@ -213,7 +206,10 @@ def pair_figures(right: Sequence[bool], words: Sequence[str]) -> dict[str, Any]:
 
 
 def execute_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
-    """Runs what is not done, `jobs` at a time, each on cores of its own; raises UserError where one fails."""
+    """Runs what is not done, `jobs` at a time, each on cores of its own; raises UserError where one fails.
+
+    What other processes work on is theirs, as long as they live.
+    """
     from magnet_jax.log import duration
 
     waiting = [run for run in runs if not is_done(out, run)]
@@ -222,12 +218,23 @@ def execute_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     shares = [cores[slot::jobs] for slot in range(jobs)]
     running: dict[int, tuple[Run, subprocess.Popen]] = {}
+    told = False
     try:
         while waiting or running:
             for slot in range(jobs):
-                if slot not in running and waiting:
-                    run = waiting.pop(0)
-                    running[slot] = run, _start(run, out, shares[slot])
+                if slot in running:
+                    continue
+                run, held = next(((run, held) for run in waiting if (held := claim(out, run))), (None, None))
+                if run is None:
+                    break
+                waiting.remove(run)
+                with held:
+                    if not is_done(out, run):  # By another process in the meantime.
+                        running[slot] = run, _start(run, out, shares[slot], held)
+            if waiting and not running and not told:
+                names = ", ".join(run.name for run in waiting)
+                print(f"waiting for other processes, which work on {names}", flush=True)
+                told = True
             time.sleep(0.2)
             for slot, (run, process) in list(running.items()):
                 if process.poll() is None:
@@ -255,7 +262,7 @@ def _log_file(out: Path, run: Run) -> Path:
     return out / "runs" / f"{run.name}.log"
 
 
-def _start(run: Run, out: Path, cores: Sequence[int]) -> subprocess.Popen:
+def _start(run: Run, out: Path, cores: Sequence[int], held: IO[str]) -> subprocess.Popen:
     from magnet_jax.compile_cache import folder_in  # JAX is not to start before a run has set its threads.
 
     command = [
@@ -276,6 +283,8 @@ def _start(run: Run, out: Path, cores: Sequence[int]) -> subprocess.Popen:
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
+            # The claim is the child's, and ends with it, even where the study is killed.
+            pass_fds=[held.fileno()],
         )
 
 

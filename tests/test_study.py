@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -125,15 +127,44 @@ def test_one_run(tiny, tmp_path):
         is_done(tmp_path, run)
 
 
-def test_a_run_is_worked_on_by_one_process(tiny, tmp_path):
-    run = Run(tiny, "short", "slow", 3)
-    with (
-        study.alone(tmp_path, run),
-        pytest.raises(UserError, match=r"another process works on run short\.slow\.3; wait for it"),
-    ):
-        execute(run, tmp_path)
-    with study.alone(tmp_path, run):  # Free again.
-        pass
+def test_a_run_is_claimed_by_one_process(tmp_path, monkeypatch):
+    run = Run("x.py", "short", "slow", 3)
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with study.claim(tmp_path, run) as held:
+        assert study.claim(tmp_path, run) is None
+        process = study._start(run, tmp_path, [0], held)
+    assert study.claim(tmp_path, run) is None  # The process has it now.
+    process.kill()
+    process.wait()
+    study.claim(tmp_path, run).close()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_runs_of_other_processes_are_waited_for(tiny, tmp_path, monkeypatch, capsys, finished):
+    """And taken over where these end without a result."""
+    runs = [Run(tiny, "mixed", "baseline", seed) for seed in (0, 1)]
+    start, started = stand_in(tmp_path)
+    monkeypatch.setattr(study, "_start", start)
+    held, said = study.claim(tmp_path, runs[0]), ""
+    with ThreadPoolExecutor() as pool:
+        grid = pool.submit(execute_all, runs, tmp_path, 1)
+        while "waiting" not in said:
+            time.sleep(0.05)
+            said += capsys.readouterr().out
+            assert not grid.done()
+        assert "waiting for other processes, which work on mixed.baseline.0\n" in said
+        assert [name for name, _ in started] == ["mixed.baseline.1"]
+        if finished:
+            result_file(tmp_path, runs[0]).write_text(
+                json.dumps({"config_hash": config_hash(runs[0].config())})
+            )
+        held.close()
+    assert grid.result() is None
+    assert len(started) == (1 if finished else 2)
+    assert is_done(tmp_path, runs[0])
 
 
 def test_seeds_said_twice_are_run_once(tiny, tmp_path, monkeypatch, capsys):
@@ -160,7 +191,7 @@ def test_pairs_count_where_both_are_right():
 def stand_in(out, fails=()):
     """Instead of a training, a process that writes the result's hash, or ends with an error."""
 
-    def start(run, folder, cores):
+    def start(run, folder, cores, held):
         program = "import sys; sys.exit(3)"
         if run.name not in fails:
             file = result_file(folder, run)
