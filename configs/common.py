@@ -52,6 +52,9 @@ def get_config() -> ConfigDict:
     # layers, too).
     model.remat = ()
     model.remat_policy = "nothing"
+    # Three layers of one kind and more in a row: 'scan', a loop, whose program is compiled and loaded sooner; 'unroll', one
+    # after the other in a longer program; 'auto', by the platform.
+    model.layers = "auto"
     model.gate_init = "open"  # 'released': the published initial values, whose language gates never open.
     model.swin = swin = ConfigDict()  # Swin-B.
     swin.embed_dim = 128
@@ -62,8 +65,6 @@ def get_config() -> ConfigDict:
     swin.drop_path = 0.3  # Of the last block, rising linearly from 0.
     # How window attention is computed, with one result: 'heads', 'lanes' (for TPUs) or 'auto', by the platform.
     swin.attention = "auto"
-    # Stages of six blocks and more: 'scan', a loop, whose program compiles and loads faster; 'unroll'; 'auto'.
-    swin.blocks = "auto"
     swin.position = False  # Add the absolute position to the patches; the published networks do without.
     model.bert = bert = ConfigDict()  # BERT-base-uncased.
     bert.vocab_size = 0  # 0: the tokenizer's.

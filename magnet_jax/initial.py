@@ -20,7 +20,7 @@ from magnet_jax.weight_names import flat_variables, nested_variables
 _WHOLE = ("magnet", "lavt")
 # Of `config.model`: what training and use may choose, whatever the weights were trained with.
 _FREE = ("name", "dtype", "fusion_dropout", "swin.drop_path", "bert.dropout")
-_FREE += ("swin.attention", "swin.blocks", "pixel_decoder.sampling", "remat", "remat_policy")
+_FREE += ("swin.attention", "layers", "pixel_decoder.sampling", "remat", "remat_policy")
 # And of an encoder: what is resampled, seen in the shapes, or only says where a network interrupts it.
 _FREE_OF_ENCODERS = (*_FREE, "swin.window", "swin.position", "bert.vocab_size", "bert.splits")
 _TABLE = "relative_position_bias"

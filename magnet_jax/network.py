@@ -127,6 +127,7 @@ def build_model(config: ConfigDict, platform: str | None = None) -> nn.Module:
         "name",
         "batch_axis",
         "closed_gates",
+        "scan",
     }
     try:
         Remat(tuple(fields.get("remat", ())), fields.get("remat_policy", "nothing"))
@@ -142,21 +143,20 @@ def build_model(config: ConfigDict, platform: str | None = None) -> nn.Module:
         raise UserError(
             f"config.model.swin.attention is '{attention}'; expected 'auto' or one of {', '.join(ATTENTION_FORMS)}"
         )
-    blocks = fields.get("swin", {}).pop("blocks", "auto")
-    if blocks not in ("scan", "unroll", "auto"):
-        raise UserError(f"config.model.swin.blocks is '{blocks}'; expected 'auto', 'scan' or 'unroll'")
+    layers = fields.pop("layers", "auto")
+    if layers not in ("scan", "unroll", "auto"):
+        raise UserError(f"config.model.layers is '{layers}'; expected 'auto', 'scan' or 'unroll'")
     platform = platform or jax.default_backend()
     if "pixel_decoder" in fields:
         fields["pixel_decoder"]["platform"] = platform
     if attention == "auto" and "swin" in fields:
         fields["swin"]["attention"] = "lanes" if platform == "tpu" else "heads"
-    if "swin" in fields:
-        fields["swin"]["scan"] = {"auto": platform == "cpu"}.get(blocks, blocks == "scan")
     if foreign := sorted(set(fields) - known):
         raise UserError(
             f"config.model has fields that '{name}' has not: {', '.join(foreign)}; start from a configuration of its own"
         )
-    return MODELS[name](**_tuples(fields), dtype=jnp.dtype(dtype))
+    scan = layers == "scan" or (layers == "auto" and platform == "cpu")
+    return MODELS[name](**_tuples(fields), scan=scan, dtype=jnp.dtype(dtype))
 
 
 def build_network(config: ConfigDict, platform: str | None = None) -> Network:

@@ -32,7 +32,7 @@ def program_of(trained: Trained) -> export.Exported:
     """
     config = trained.config.copy_and_resolve_references()
     # Forms that every platform has, for a number of pairs that is not known yet; kernels would want it.
-    config.model.swin.attention, config.model.swin.blocks = "heads", "scan"
+    config.model.swin.attention, config.model.layers = "heads", "scan"
     if "pixel_decoder" in config.model:
         config.model.pixel_decoder.sampling = "anywhere"
     network = build_network(config)

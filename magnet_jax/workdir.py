@@ -27,7 +27,7 @@ _FREE += (
     "parallelism",
     "model.remat",
     "model.swin.attention",
-    "model.swin.blocks",
+    "model.layers",
     "model.pixel_decoder.sampling",
     "mesh",
     "sharding",

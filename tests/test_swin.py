@@ -140,24 +140,6 @@ def test_the_platform_chooses_the_form(platform, form):
         build_model(config, platform)
 
 
-def test_the_platform_chooses_loops():
-    config = debug.get_config().model
-    config.bert.vocab_size = 10
-    assert [build_model(config, platform).swin["scan"] for platform in ("cpu", "tpu", "gpu")] == [
-        True,
-        False,
-        False,
-    ]
-    for blocks in ("scan", "unroll"):
-        config.swin.blocks = blocks
-        assert build_model(config, "cpu").swin["scan"] == (blocks == "scan")
-    config.swin.blocks = "loop"
-    with pytest.raises(
-        UserError, match="config.model.swin.blocks is 'loop'; expected 'auto', 'scan' or 'unroll'"
-    ):
-        build_model(config)
-
-
 @pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("size", [(4, 6), (3, 5)])
 def test_patch_merging_order_and_padding(size, by_rows):

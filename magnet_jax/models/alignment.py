@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from magnet_jax.models.activations import gelu
 from magnet_jax.models.attention import attend
 from magnet_jax.models.layers import Dense, Dropout, adaptive_average_pool, fan_in_dense, resize_align_corners
+from magnet_jax.models.loop import LEAST, loop
 from magnet_jax.models.norms import LayerNorm, instance_norm
 from magnet_jax.models.parameters import fan_in_uniform, normal, truncated_normal, zeros
 
@@ -82,43 +83,41 @@ class Gate(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """One granularity of the alignment module: the map pooled to size x size, fused with the words, and resized back.
+    """One granularity of the alignment module: a pooled map, fused with the words.
 
-    x `[B, H, W, C]`, words `[B, L, T]` -> `[B, H, W, C/4]`.
+    x `[B, ..., C]` of N pixels, words `[B, L, T]`, word_mask `[B, L]` -> `[B, N, C/4]`.
     """
 
-    size: int
     heads: int = 1
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, words, word_mask, *, train: bool = False):
-        batch, height, width, channels = x.shape
+        channels = x.shape[-1]
 
         def dense(features, name):
             return Dense(features, use_bias=False, kernel_init=fan_in_uniform, dtype=self.dtype, name=name)
 
-        y = LayerNorm(1e-6, name="norm")(dense(4 * channels, "fc1")(adaptive_average_pool(x, self.size)))
+        y = LayerNorm(1e-6, name="norm")(dense(4 * channels, "fc1")(x))
         y = dense(channels // 4, "fc3")(gelu(dense(channels, "fc2")(y)))
-        y = y.reshape(batch, self.size**2, channels // 4)
-        y = PixelWordAttention(self.heads, "layer", self.dropout, self.dtype, name="pwam")(
-            y, words, word_mask, train=train
-        )
-        return resize_align_corners(y.reshape(batch, self.size, self.size, -1), (height, width))
+        y = y.reshape(len(y), -1, channels // 4)
+        pwam = PixelWordAttention(self.heads, "layer", self.dropout, self.dtype, name="pwam")
+        return pwam(y, words, word_mask, train=train)
 
 
 class ImageAlignment(nn.Module):
     """Cross-modal Alignment Module, image side (paper figure 4).
 
     x `[B, H, W, C]`, words `[B, L, T]`, word_mask `[B, L]` -> (decoder feature s `[B, H, W, C]`, fused r `[B, H, W, C]`).
-    Without `pyramids` it is the plain PWAM fusion, and s is r.
+    Without `pyramids` it is the plain PWAM fusion, and s is r. With `scan`, three pyramids and more are a loop in training.
     """
 
     pyramids: Sequence[int] = (1, 2, 3, 6)
     heads: int = 1
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    scan: bool = False
 
     @nn.compact
     def __call__(self, x, words, word_mask, *, train: bool = False):
@@ -129,10 +128,8 @@ class ImageAlignment(nn.Module):
         if not self.pyramids:
             return r, r
         maps = [
-            Pyramid(size, self.heads, self.dropout, self.dtype, name=f"pyramid_{i}")(
-                x, words, word_mask, train=train
-            )
-            for i, size in enumerate(self.pyramids)
+            resize_align_corners(y.reshape(batch, size, size, -1), (height, width))
+            for size, y in zip(self.pyramids, self._fuse(x, words, word_mask, train), strict=True)
         ]
         s = Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="mixer1")(
             jnp.concatenate([*maps, r], -1)
@@ -140,6 +137,30 @@ class ImageAlignment(nn.Module):
         s = LayerNorm(name="mixer_norm")(s)
         s = Dense(channels, kernel_init=truncated_normal, dtype=self.dtype, name="mixer2")(s)
         return gelu(s), r
+
+    def _fuse(self, x, words, word_mask, train: bool) -> list[jax.Array]:
+        """The pooled maps of all sizes, fused with the words: `[B, size**2, C/4]` each."""
+        names = [f"pyramid_{i}" for i in range(len(self.pyramids))]
+        pooled = [adaptive_average_pool(x, size) for size in self.pyramids]
+        fields = (self.heads, self.dropout, self.dtype)
+        # Without a backward pass it takes as long to put the parameters side by side as to use them.
+        scan = self.scan and train and not self.dropout and len(names) >= LEAST
+        if not scan or self.is_initializing():
+            pyramids = [Pyramid(*fields, name=name) for name in names]
+            return [
+                pyramid(y, words, word_mask, train=train) for pyramid, y in zip(pyramids, pooled, strict=True)
+            ]
+        pyramid, params = Pyramid(*fields, parent=None), self.variables["params"]
+
+        def run(_, params, y):
+            return None, pyramid.apply({"params": params}, y, words, word_mask)
+
+        # What becomes of a pixel depends on no other, so that there may be more of them.
+        pixels, most = [size**2 for size in self.pyramids], max(self.pyramids) ** 2
+        flat = [y.reshape(len(y), -1, y.shape[-1]) for y in pooled]
+        padded = jnp.stack([jnp.pad(y, ((0, 0), (0, most - y.shape[1]), (0, 0))) for y in flat])
+        _, fused = loop(run, None, [params[name] for name in names], padded)
+        return [y[:, :count] for y, count in zip(fused, pixels, strict=True)]
 
 
 class LanguageAlignment(nn.Module):

@@ -73,12 +73,13 @@ class Lavt(nn.Module):
     remat: Sequence[str] = ()  # as of MagNet, without 'decoder'
     remat_policy: str = "nothing"
     batch_axis: str | None = None  # of `jax.pmap`, over which BatchNorm takes its statistics
+    scan: bool = False  # layers of one kind as loops, see `loop`
     dtype: Any = jnp.float32
     has_class_logits = has_text_embedding = False
 
     def setup(self):
-        dtype, remat = self.dtype, Remat(tuple(self.remat), self.remat_policy)
-        self.image = Swin(**self.swin, dtype=dtype, remat=remat)
+        dtype, remat, scan = self.dtype, Remat(tuple(self.remat), self.remat_policy), self.scan
+        self.image = Swin(**self.swin, scan=scan, dtype=dtype, remat=remat)
         self.text = Bert(**self.bert, dtype=dtype, remat=remat)
         gate = "normal" if self.gate_init == "released" else "open"
         self.image_fusion = [

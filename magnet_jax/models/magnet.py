@@ -44,17 +44,18 @@ class MagNet(nn.Module):
     closed_gates: bool = False
     remat: Sequence[str] = ()  # parts that the backward pass computes again, see `layers.Remat`
     remat_policy: str = "nothing"
+    scan: bool = False  # layers of one kind as loops, see `loop`
     dtype: Any = jnp.float32
     has_class_logits = has_text_embedding = True
 
     def setup(self):
-        dtype, remat = self.dtype, Remat(tuple(self.remat), self.remat_policy)
-        self.image = Swin(**self.swin, dtype=dtype, remat=remat)
+        dtype, remat, scan = self.dtype, Remat(tuple(self.remat), self.remat_policy), self.scan
+        self.image = Swin(**self.swin, scan=scan, dtype=dtype, remat=remat)
         self.text = Bert(**self.bert, dtype=dtype, remat=remat)
         released = self.gate_init == "released"
+        pyramids = tuple(self.pyramids) if self.alignment else ()
         self.image_fusion = [
-            ImageAlignment(tuple(self.pyramids) if self.alignment else (), heads, self.fusion_dropout, dtype)
-            for heads in self.fusion_heads
+            ImageAlignment(pyramids, heads, self.fusion_dropout, dtype, scan) for heads in self.fusion_heads
         ]
         self.image_gate = [Gate("normal" if released else "open", gelu, dtype) for _ in range(4)]
         self.image_norm = [LayerNorm() for _ in range(4)]
@@ -62,8 +63,8 @@ class MagNet(nn.Module):
             self.text_fusion = [LanguageAlignment(self.language_fusion, dtype) for _ in range(4)]
             self.text_gate = [Gate("zero" if released else "open", relu, dtype) for _ in range(4)]
             self.text_norm = [LayerNorm() for _ in range(4)]
-        self.decoder = PixelDecoder(**self.pixel_decoder, dtype=dtype, remat=remat)
-        self.predictor = MaskPredictor(**self.mask_predictor, dtype=dtype)
+        self.decoder = PixelDecoder(**self.pixel_decoder, scan=scan, dtype=dtype, remat=remat)
+        self.predictor = MaskPredictor(**self.mask_predictor, scan=scan, dtype=dtype)
         self.lang_proj = fan_in_dense(self.decoder.channels, self.text.hidden, dtype=dtype)
 
     def __call__(self, image, text_ids, text_mask, pairs=None, *, train: bool = False) -> Output:

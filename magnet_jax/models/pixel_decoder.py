@@ -13,6 +13,7 @@ from magnet_jax.models.activations import relu
 from magnet_jax.models.deformable import DeformableAttention
 from magnet_jax.models.feed_forward import feed_forward
 from magnet_jax.models.layers import Dense, Remat, add_position, sine_position
+from magnet_jax.models.loop import LEAST, loop
 from magnet_jax.models.norms import GroupNorm, LayerNorm
 from magnet_jax.models.order import arrange, restore
 from magnet_jax.models.parameters import kaiming_uniform, parameter, unit_normal, xavier_uniform
@@ -53,7 +54,7 @@ class PixelDecoder(nn.Module):
     """Multi-scale deformable pixel decoder.
 
     features: maps `[B, H, W, C]` fine to coarse -> (mask features `[B, h, w, channels]` at the finest resolution, list of
-    the refined maps `[B, H, W, channels]`, coarse to fine).
+    the refined maps `[B, H, W, channels]`, coarse to fine). With `scan`, three layers and more are a loop.
     """
 
     channels: int = 256
@@ -66,6 +67,7 @@ class PixelDecoder(nn.Module):
     platform: str = ""  # What is compiled for; where it is not known, 'auto' chooses when it is.
     dtype: Any = jnp.float32
     remat: Remat = Remat()
+    scan: bool = False
 
     @nn.compact
     def __call__(self, features: Sequence[jnp.ndarray]):
@@ -92,10 +94,17 @@ class PixelDecoder(nn.Module):
             source, position, level = arrange(source, cells.order), position[rows], level[rows]
         block = self.remat(PixelDecoderLayer, "decoder", static=3)
         fields = (self.heads, self.points, self.feedforward, form, self.dtype, cells is not None)
-        for i in range(self.layers):
-            source = block(*fields, name=f"layer_{i}")(
-                source, (position, level_embedding, level), tuple(shapes)
-            )
+        place = (position, level_embedding, level)
+        if self.scan and self.layers >= LEAST and not self.is_initializing():
+            params, layer = self.variables["params"], block(*fields, parent=None)
+
+            def run(source, of_layer, _):
+                return layer.apply({"params": of_layer}, source, place, tuple(shapes)), None
+
+            source, _ = loop(run, source, [params[f"layer_{i}"] for i in range(self.layers)])
+        else:
+            for i in range(self.layers):
+                source = block(*fields, name=f"layer_{i}")(source, place, tuple(shapes))
         if cells is not None:
             source = restore(source, cells.order)
 

@@ -14,6 +14,7 @@ import numpy as np
 from magnet_jax.models.activations import gelu, gelu_by_slope
 from magnet_jax.models.attention import WindowMask, attend_by_head, attend_in_windows
 from magnet_jax.models.layers import Dense, Remat, path_scales
+from magnet_jax.models.loop import LEAST, loop
 from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.order import TILE, Order, arrange, from_rows, into_rows, restore
 from magnet_jax.models.parameters import parameter, truncated_normal
@@ -179,14 +180,10 @@ class SwinBlock(nn.Module):
         return x + scaled(y, 1)
 
 
-_LOOP = 3  # Pairs of blocks from which on a stage is worth a loop.
-
-
 class SwinStage(nn.Module):
     """The blocks of one stage, every second one shifted: `[B, H, W, C] -> [B, H, W, C]`.
 
-    With `scan`, many blocks are a loop over pairs of them, for which their parameters are put side by side: the same
-    result of a program that is traced, compiled and loaded in a fraction of the time.
+    With `scan`, six blocks and more are a loop over pairs of them.
     """
 
     heads: int
@@ -209,7 +206,7 @@ class SwinStage(nn.Module):
             x = into_rows(x)
             fields += (size,)
         pairs = depth // 2 if self.scan and not self.is_initializing() else 0
-        start = 2 * pairs if pairs >= _LOOP else 0
+        start = 2 * pairs if pairs >= LEAST else 0
         if start:
             fixed = functools.partial(block, self.heads, self.window, activation=gelu_by_slope, parent=None)
             two = [fixed(shifted, *fields) for shifted in (False, True)]
@@ -223,17 +220,15 @@ class SwinStage(nn.Module):
         """Runs the first blocks of the stage, of which `blocks` are two."""
         params, count = self.variables["params"], len(self.drop_paths) // 2
         pairs = [[params[f"block_{2 * pair + i}"] for i in range(2)] for pair in range(count)]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
 
-        def run(x, of_pair):
-            params, scales = of_pair
+        def run(x, params, scales):
             for number, block in enumerate(blocks):
                 of_block = None if scales is None else scales[number]
                 x = block.apply({"params": params[number]}, x, of_block)
             return x, None
 
         scales = None if scales is None else scales.reshape(count, 2, *scales.shape[1:])
-        return jax.lax.scan(run, x, (stacked, scales))[0]
+        return loop(run, x, pairs, scales)[0]
 
 
 class Swin(nn.Module):
