@@ -127,7 +127,7 @@ def test_a_whole_network_brings_its_sizes(tmp_path):
     config.model.swin.drop_path = 0.25
     changed, lines = with_imported_sizes(config)
     assert config.model.swin.embed_dim == 8
-    assert changed.model.swin.to_dict() == SWIN | {"drop_path": 0.25, "attention": "auto", "blocks": "auto"}
+    assert changed.model.swin.to_dict() == SWIN | {"drop_path": 0.25, "attention": "auto"}
     assert changed.model.language_fusion == "released"
     assert changed.model.bert.vocab_size == 20
     assert changed.model.mask_predictor.to_dict() == MAGNET["mask_predictor"]
