@@ -95,9 +95,17 @@ def load_config(workdir: str | Path) -> ConfigDict:
             f"no run in '{workdir}' (config.json is missing); train first or give another --workdir"
         )
     try:
-        return ConfigDict(_tuples(json.loads(path.read_text())))
+        return ConfigDict(_tuples(_with_new_names(json.loads(path.read_text()))))
     except ValueError as error:
         raise UserError(f"'{path}' is not valid JSON ({error}); give another --workdir") from error
+
+
+def _with_new_names(fields: dict) -> dict:
+    """A configuration that an earlier version of this project may have written."""
+    swin = fields.get("model", {}).get("swin", {})
+    if "blocks" in swin:
+        fields["model"]["layers"] = swin.pop("blocks")
+    return fields
 
 
 def check_same_config(workdir: str | Path, config: ConfigDict) -> None:
