@@ -1,4 +1,4 @@
-"""Layers of one kind as a loop, for a program that is traced, compiled and loaded in a fraction of the time."""
+"""Layers of one kind as a loop, for a shorter program, which is loaded sooner."""
 
 from __future__ import annotations
 
