@@ -48,6 +48,14 @@ def test_program_gives_what_the_network_gives(exported):
             np.testing.assert_allclose(logits, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+def test_any_number_of_pairs():
+    """Of MagNet too, whose other tests here are slow."""
+    program = portable.program_of(trained("magnet"))
+    *_, image, _, _ = program.in_avals
+    assert not isinstance(image.shape[0], int)
+    assert {aval.shape[0] for aval in program.out_avals} == {image.shape[0]}
+
+
 def test_no_kernels_within(exported):
     """They are of one platform, and of batches of a known size."""
     program = jax.export.deserialize(bytearray((exported[1] / "network.stablehlo").read_bytes()))

@@ -101,7 +101,7 @@ class Pyramid(nn.Module):
 
         y = LayerNorm(1e-6, name="norm")(dense(4 * channels, "fc1")(x))
         y = dense(channels // 4, "fc3")(gelu(dense(channels, "fc2")(y)))
-        y = y.reshape(len(y), -1, channels // 4)
+        y = y.reshape(y.shape[0], -1, channels // 4)
         pwam = PixelWordAttention(self.heads, "layer", self.dropout, self.dtype, name="pwam")
         return pwam(y, words, word_mask, train=train)
 
@@ -157,7 +157,7 @@ class ImageAlignment(nn.Module):
 
         # What becomes of a pixel depends on no other, so that there may be more of them.
         pixels, most = [size**2 for size in self.pyramids], max(self.pyramids) ** 2
-        flat = [y.reshape(len(y), -1, y.shape[-1]) for y in pooled]
+        flat = [y.reshape(y.shape[0], -1, y.shape[-1]) for y in pooled]
         padded = jnp.stack([jnp.pad(y, ((0, 0), (0, most - y.shape[1]), (0, 0))) for y in flat])
         _, fused = loop(run, None, [params[name] for name in names], padded)
         return [y[:, :count] for y, count in zip(fused, pixels, strict=True)]
