@@ -64,6 +64,8 @@ VARIANTS = {
     "lavt_mg_light": Variant(
         "LAVT + Mask Grounding at 0.01", {**_GROUNDING, "loss.grounding": 0.01}, "lavt", lavt=True
     ),
+    # Is it the alignment loss's scale that harms?
+    "cal_light": Variant("+ alignment loss at 0.1", {"loss.alignment": 0.1}),
 }
 
 STUDIES = {
@@ -72,7 +74,7 @@ STUDIES = {
     "masking": ("all", "ratio_0", "ratio_30", "ratio_50", "shared_pass"),
     "temperature": ("all", "tau_05", "tau_20"),
     "language": ("all", "released_fusion", "released_gates"),
-    "weight": ("lavt", "lavt_mg", "lavt_mg_light"),
+    "weight": ("baseline", "cal", "cal_light", "lavt", "lavt_mg", "lavt_mg_light"),
     "everything": tuple(VARIANTS),
 }
 
