@@ -203,10 +203,12 @@ def test_absolute_position_is_added_to_the_patches():
 
 def test_every_second_block_is_shifted_and_drop_path_rises():
     swin = Swin(embed_dim=4, depths=(2, 1, 3, 1), heads=(1, 1, 1, 1), window=2, drop_path=0.3)
-    stages = swin.bind({}).stage
-    rates = [rate for stage in stages for rate in stage.drop_paths]
-    np.testing.assert_allclose(rates, np.arange(7) * 0.05)
-    assert [len(stage.drop_paths) for stage in stages] == [2, 1, 3, 1]
+    bound = swin.bind({}, rngs={"dropout": jax.random.key(0)})
+    scales = bound.scales(200, train=True)
+    assert [scale.shape for scale in scales] == [(depth, 2, 200) for depth in (2, 1, 3, 1)]
+    # What is kept is scaled by what keeps the mean.
+    np.testing.assert_allclose(np.concatenate(scales).max((1, 2)), 1 / (1 - np.arange(7) * 0.05), rtol=1e-6)
+    assert bound.scales(200, train=False) == bound.clone(drop_path=0.0).scales(200, train=True) == [None] * 4
     # Shifted blocks see across the border of windows, unshifted ones do not.
     x = np.random.default_rng(3).normal(size=(1, 4, 4, 4)).astype(np.float32)
     for blocks, expected in ((1, False), (2, True)):
@@ -252,14 +254,14 @@ def test_a_block_is_its_two_branches_scaled():
 @pytest.mark.parametrize(("depth", "form", "parts"), [(6, "heads", ()), (7, "lanes", ("stage_1",))])
 def test_a_loop_over_blocks_changes_nothing(depth, form, parts):
     """Neither values nor gradients, with dropped branches, and what follows the last pair."""
-    rates = tuple(np.linspace(0, 0.6, depth).tolist())
-    fields = dict(heads=2, window=2, drop_paths=rates, remat=Remat(parts), attention=form)
+    scales = path_scales(jax.random.key(1), np.linspace(0, 0.6, depth), 3)
+    fields = dict(heads=2, window=2, depth=depth, remat=Remat(parts), attention=form)
     x = np.random.default_rng(5).normal(size=(3, 4, 6, 8)).astype(np.float32)
     unrolled, scanned = (SwinStage(**fields, scan=scan) for scan in (False, True))
     params = random_params(np.random.default_rng(6), unrolled, x)
 
     def run(stage, params, x):
-        out = stage.apply(params, x, train=True, rngs={"dropout": jax.random.key(1)})
+        out = stage.apply(params, x, scales)
         return jnp.sum(jnp.sin(out)), out
 
     found = [
@@ -281,7 +283,7 @@ def test_a_loop_over_blocks_changes_nothing(depth, form, parts):
 
 def test_a_loop_keeps_two_hidden_arrays_of_a_block():
     """What GELU gives and its slope: the largest that a loop has to write."""
-    stage, x = SwinStage(heads=2, window=2, drop_paths=(0.0,) * 6, scan=True), jnp.ones((3, 4, 6, 8))
+    stage, x = SwinStage(heads=2, window=2, depth=6, scan=True), jnp.ones((3, 4, 6, 8))
     params = random_params(np.random.default_rng(6), stage, x)
     kept = jax.eval_shape(lambda params, x: jax.vjp(stage.apply, params, x)[1], params, x)
     shapes = [leaf.shape for leaf in jax.tree.leaves(kept)]

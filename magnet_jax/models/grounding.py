@@ -14,7 +14,7 @@ import numpy as np
 
 from magnet_jax.models.activations import gelu
 from magnet_jax.models.bert import BertLayer, attention_bias
-from magnet_jax.models.layers import Dense, example_keys
+from magnet_jax.models.layers import Dense, example_keys, kept_by_dropout
 from magnet_jax.models.norms import LayerNorm
 from magnet_jax.models.parameters import normal, parameter, zeros
 
@@ -118,11 +118,14 @@ class MaskGrounding(nn.Module):
         places = jnp.concatenate([pixels, centre], 1)
         seen = jnp.concatenate(seen, 1) + fourier_position(places, hidden).astype(self.dtype)
         x = jnp.concatenate([LayerNorm(name="word_norm")(words.astype(self.dtype)), seen], 1)
-        kept = jnp.concatenate([word_mask, jnp.ones((batch, height * width + 1), word_mask.dtype)], 1)
-        bias = attention_bias(kept)
+        present = jnp.concatenate([word_mask, jnp.ones((batch, height * width + 1), word_mask.dtype)], 1)
+        bias, kept = attention_bias(present), None
+        if train and self.dropout:
+            shape = (batch, self.layers, 2, *x.shape[1:])
+            kept = kept_by_dropout(self.make_rng("dropout"), self.dropout, shape)
         for i in range(self.layers):
             x = BertLayer(self.heads, self.intermediate, self.dropout, self.dtype, name=f"layer_{i}")(
-                x, bias, train=train
+                x, bias, None if kept is None else kept[:, i]
             )
 
         x = LayerNorm(1e-12, name="head_norm")(gelu(dense(hidden, "head")(x[:, :length])))

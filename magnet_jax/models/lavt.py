@@ -90,16 +90,17 @@ class Lavt(nn.Module):
         self.decoder = ConvDecoder(dtype, self.batch_axis)
 
     def __call__(self, image, text_ids, text_mask, pairs=None, *, train: bool = False) -> Output:
-        words = self.text.embeddings(text_ids, train=train)
+        scales, kept = self.image.scales(image.shape[0], train=train), self.text.kept(text_ids, train=train)
+        words = self.text.embed(text_ids, kept)
         bias = attention_bias(text_mask)
         for part in range(len(self.text.splits)):
-            words = self.text.layers(part, words, bias, train=train)
+            words = self.text.layers(part, words, bias, kept)
         if pairs is not None:
             words, text_mask = words[pairs[1]], text_mask[pairs[1]]
         x = self.image.patch_embed(image)
         stage_features = []
         for k in range(4):
-            x = self.image.stage[k](x, train=train)
+            x = self.image.stage[k](x, scales[k])
             if pairs is not None and k == 0:
                 x = x[pairs[0]]
             flat = x.reshape(x.shape[0], -1, x.shape[-1])

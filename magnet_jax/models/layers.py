@@ -230,6 +230,20 @@ def example_keys(key: jax.Array, batch: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
 
 
+def kept_by_dropout(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """Which values dropout keeps: bool of `shape`, `[B, ...]`.
+
+    For many layers at once, since each draw is some 350 operations of the program, which a compiler writes out.
+    """
+    keys = example_keys(key, shape[0])
+    return _split(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape[1:]))(keys))
+
+
+def drop(x: jax.Array, kept: jax.Array | None, rate: float) -> jax.Array:
+    """0 where x is not kept, the rest rescaled; x as it is where `kept` is None."""
+    return x if kept is None else jnp.where(kept, x / (1 - rate), 0)
+
+
 class Dropout(nn.Module):
     """Drops single values and rescales the rest. x [B, ...]."""
 
@@ -239,9 +253,7 @@ class Dropout(nn.Module):
     def __call__(self, x, *, train: bool):
         if not train or self.rate == 0.0:
             return x
-        keys = example_keys(self.make_rng("dropout"), x.shape[0])
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, x.shape[1:]))(keys)
-        return jnp.where(keep, x / (1.0 - self.rate), 0)
+        return drop(x, kept_by_dropout(self.make_rng("dropout"), self.rate, x.shape), self.rate)
 
 
 def path_scales(key: jax.Array, rates: Sequence[float], batch: int) -> jax.Array:

@@ -71,11 +71,13 @@ class MagNet(nn.Module):
         blind = self.closed_gates or not self.alignment  # Words do not depend on the picture.
         word_bias = attention_bias(text_mask)
         x = self.image.patch_embed(image)
-        sentences = self.text.embeddings(text_ids, train=train)
+        # All of this step's random numbers.
+        scales, kept = self.image.scales(image.shape[0], train=train), self.text.kept(text_ids, train=train)
+        sentences = self.text.embed(text_ids, kept)
         stage_features, image_context, word_context = [], [], []
         for k in range(4):
-            x = self.image.stage[k](x, train=train)
-            words = sentences = self.text.layers(k, sentences, word_bias, train=train)
+            x = self.image.stage[k](x, scales[k])
+            words = sentences = self.text.layers(k, sentences, word_bias, kept)
             if pairs is not None and k == 0:
                 x, text_mask = x[pairs[0]], text_mask[pairs[1]]
                 word_bias = word_bias if blind else attention_bias(text_mask)

@@ -183,12 +183,12 @@ class SwinBlock(nn.Module):
 class SwinStage(nn.Module):
     """The blocks of one stage, every second one shifted: `[B, H, W, C] -> [B, H, W, C]`.
 
-    With `scan`, six blocks and more are a loop over pairs of them.
+    scales `[depth, 2, B]`: see `SwinBlock`. With `scan`, six blocks and more are a loop over pairs of them.
     """
 
     heads: int
     window: int
-    drop_paths: Sequence[float]  # one rate a block
+    depth: int
     dtype: Any = jnp.float32
     number: int = 1  # 1 is the finest
     remat: Remat = Remat()
@@ -196,29 +196,26 @@ class SwinStage(nn.Module):
     scan: bool = False
 
     @nn.compact
-    def __call__(self, x, *, train: bool = False):
+    def __call__(self, x, scales=None):
         block = self.remat(SwinBlock, f"stage_{self.number}")
-        size, scales, depth = x.shape[1:3], None, len(self.drop_paths)
-        fields = (self.dtype, self.attention)
-        if train and any(self.drop_paths):
-            scales = path_scales(self.make_rng("dropout"), self.drop_paths, x.shape[0])
+        size, fields = x.shape[1:3], (self.dtype, self.attention)
         if self.attention == "lanes":
             x = into_rows(x)
             fields += (size,)
-        pairs = depth // 2 if self.scan and not self.is_initializing() else 0
+        pairs = self.depth // 2 if self.scan and not self.is_initializing() else 0
         start = 2 * pairs if pairs >= LEAST else 0
         if start:
             fixed = functools.partial(block, self.heads, self.window, activation=gelu_by_slope, parent=None)
             two = [fixed(shifted, *fields) for shifted in (False, True)]
             x = self._in_pairs(two, x, None if scales is None else scales[:start])
-        for i in range(start, depth):
+        for i in range(start, self.depth):
             one = block(self.heads, self.window, i % 2 == 1, *fields, name=f"block_{i}")
             x = one(x, None if scales is None else scales[i])
         return from_rows(x, size) if self.attention == "lanes" else x
 
     def _in_pairs(self, blocks: Sequence[nn.Module], x, scales):
         """Runs the first blocks of the stage, of which `blocks` are two."""
-        params, count = self.variables["params"], len(self.drop_paths) // 2
+        params, count = self.variables["params"], self.depth // 2
         pairs = [[params[f"block_{2 * pair + i}"] for i in range(2)] for pair in range(count)]
 
         def run(x, params, scales):
@@ -234,7 +231,7 @@ class SwinStage(nn.Module):
 class Swin(nn.Module):
     """Swin Transformer as separate steps: `patch_embed`, then for every stage `stage[k]` and `merge[k]`.
 
-    Source: Swin Transformer (arXiv 2103.14030); spec section 2.
+    In training `stage[k]` is given the k-th of `scales`. Source: Swin Transformer (arXiv 2103.14030); spec section 2.
     """
 
     embed_dim: int = 128
@@ -250,21 +247,27 @@ class Swin(nn.Module):
     remat: Remat = Remat()
 
     def setup(self):
-        rates = np.linspace(0, self.drop_path, sum(self.depths)).tolist()
-        ends = np.cumsum(self.depths).tolist()
         lanes = self.attention == "lanes"
         self.patch_embed = PatchEmbed(self.embed_dim, self.patch, self.position, lanes, self.dtype)
         self.stage = [
             SwinStage(
                 heads,
                 self.window,
-                tuple(rates[end - depth : end]),
+                depth,
                 self.dtype,
                 number,
                 self.remat,
                 self.attention,
                 self.scan,
             )
-            for number, (heads, depth, end) in enumerate(zip(self.heads, self.depths, ends, strict=True), 1)
+            for number, (heads, depth) in enumerate(zip(self.heads, self.depths, strict=True), 1)
         ]
         self.merge = [PatchMerging(lanes, self.dtype) for _ in self.depths[:-1]]
+
+    def scales(self, batch: int, *, train: bool) -> list[jax.Array | None]:
+        """What stochastic depth multiplies the branches of each stage's blocks with: `[depth, 2, B]`, or None."""
+        if not train or not self.drop_path:
+            return [None] * len(self.depths)
+        rates = np.linspace(0, self.drop_path, sum(self.depths))
+        scales = path_scales(self.make_rng("dropout"), rates, batch)
+        return jnp.split(scales, np.cumsum(self.depths)[:-1].tolist())
