@@ -39,11 +39,13 @@ def make_schedule(config: ConfigDict, total_steps: int) -> Schedule:
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
-def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
+def make_optimizer(
+    config: ConfigDict, total_steps: int
+) -> tuple[optax.GradientTransformationExtraArgs, Schedule]:
     """AdamW or Muon with global-norm clipping, weight decay by name and learning-rate multipliers by name.
 
-    Muon moves the linear layers' matrices and Adam the rest. Returns the transformation and its schedule (before
-    multipliers), which the log shows. Raises UserError for an unknown name.
+    Muon moves the linear layers' matrices and Adam the rest. Returns the transformation, whose `update` may be told the
+    gradient's `norm`, and its schedule (before multipliers), which the log shows. Raises UserError for an unknown name.
     """
     if config.name not in ("adamw", "muon"):
         raise UserError(f"config.optimizer.name is '{config.name}'; expected 'adamw' or 'muon'")
@@ -64,7 +66,7 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> tuple[optax.Gradient
         return jax.tree_util.tree_map_with_path(one, updates)
 
     chain = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.partition(movers, lambda groups: {mover: mover for mover in groups}),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.stateless(multiply),
@@ -123,8 +125,8 @@ def _places(params, config: ConfigDict) -> list[Place]:
 
 
 def _on_groups(
-    tx: optax.GradientTransformation, places_of: Callable[[Any], list[Place]]
-) -> optax.GradientTransformation:
+    tx: optax.GradientTransformationExtraArgs, places_of: Callable[[Any], list[Place]]
+) -> optax.GradientTransformationExtraArgs:
     """`tx`, which is given its arrays as `{mover: {decay: {multiplier: {name: array}}}}`."""
 
     def grouped(tree):
@@ -138,8 +140,9 @@ def _on_groups(
     def init(params):
         return tx.init(grouped(params))
 
-    def update(updates, state, params=None):
-        groups, state = tx.update(grouped(updates), state, None if params is None else grouped(params))
+    def update(updates, state, params=None, **extra):
+        groups = None if params is None else grouped(params)
+        groups, state = tx.update(grouped(updates), state, groups, **extra)
         groups, leaves = flatten_dict(groups), []
         for (keys, start), leaf in zip(places_of(updates), jax.tree.leaves(updates), strict=True):
             value = groups[keys]
@@ -148,7 +151,22 @@ def _on_groups(
             leaves.append(value)
         return jax.tree.unflatten(jax.tree.structure(updates), leaves), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """One factor for all gradients, by which their norm is at most `limit`; `update` may be told their `norm`.
+
+    optax divides each array and chooses between the two, which on a CPU is another pass over all of them.
+    """
+
+    def update(updates, state, params=None, *, norm=None, **extra):
+        del params, extra
+        norm = optax.global_norm(updates) if norm is None else norm
+        factor = jnp.minimum(1.0, limit / norm)
+        return jax.tree.map(lambda array: array * factor.astype(array.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def global_norm(tree) -> jax.Array:

@@ -87,6 +87,8 @@ def make_train_step(
     batch_sharding: of the batch under `jax.jit`, which activations keep.
     """
 
+    tx = optax.with_extra_args_support(tx)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = step_key(state.seed, state.step)
         size = len(batch["valid"])
@@ -124,7 +126,7 @@ def make_train_step(
             metrics["learning_rate"] = schedule(state.step)
 
         with jax.named_scope("optimizer"):
-            updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+            updates, opt_state = tx.update(gradient, state.opt_state, state.params, norm=metrics["grad_norm"])
             params = optax.apply_updates(state.params, updates)
         new = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
         if ema:

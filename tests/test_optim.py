@@ -10,7 +10,14 @@ import pytest
 from configs import common, debug
 from magnet_jax.errors import UserError
 from magnet_jax.network import build_network
-from magnet_jax.optim import decay_mask, global_norm, make_optimizer, make_schedule, muon_labels
+from magnet_jax.optim import (
+    clip_by_global_norm,
+    decay_mask,
+    global_norm,
+    make_optimizer,
+    make_schedule,
+    muon_labels,
+)
 from magnet_jax.sharding import FSDP_MIN_BYTES, make_mesh, path_name, state_sharding
 from magnet_jax.trained import batch_shapes
 
@@ -78,6 +85,26 @@ def test_three_steps_equal_adamw_written_out(flatten):
                 direction = direction + decay * expected[name][part]
                 expected[name][part] = expected[name][part] - 0.1 * (1 - step / 10) * factor * direction
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), params, expected)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.1, 10.0])
+def test_clipping_is_that_of_optax(size):
+    rng = np.random.default_rng(0)
+    gradient = {name: jnp.float32(size * rng.normal(size=shape)) for name, shape in (("a", 7), ("b", (3, 5)))}
+    ours, theirs = clip_by_global_norm(1.5), optax.clip_by_global_norm(1.5)
+    state = ours.init(gradient)
+    assert jax.tree.structure(state) == jax.tree.structure(theirs.init(gradient))
+    found, expected = (tx.update(gradient, state)[0] for tx in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+    given, _ = ours.update(gradient, state, norm=jnp.float32(6.0))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b / 4, rtol=1e-6), given, gradient)
+
+
+def test_clipping_keeps_what_is_not_finite():
+    """So that a step that went wrong is seen, and not taken."""
+    tx = clip_by_global_norm(1.0)
+    found, _ = tx.update({"a": jnp.array([1.0, np.nan]), "b": jnp.ones(2)}, tx.init({}))
+    assert all(np.isnan(array).all() for array in found.values())
 
 
 def test_joined_arrays_move_as_each_alone_would():
