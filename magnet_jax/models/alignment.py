@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from magnet_jax.models.activations import gelu
 from magnet_jax.models.attention import attend
 from magnet_jax.models.layers import Dense, Dropout, adaptive_average_pool, fan_in_dense, resize_align_corners
-from magnet_jax.models.loop import LEAST, loop
+from magnet_jax.models.loop import LEAST, side_by_side
 from magnet_jax.models.norms import LayerNorm, instance_norm
 from magnet_jax.models.parameters import fan_in_uniform, normal, truncated_normal, zeros
 
@@ -110,7 +110,7 @@ class ImageAlignment(nn.Module):
     """Cross-modal Alignment Module, image side (paper figure 4).
 
     x `[B, H, W, C]`, words `[B, L, T]`, word_mask `[B, L]` -> (decoder feature s `[B, H, W, C]`, fused r `[B, H, W, C]`).
-    Without `pyramids` it is the plain PWAM fusion, and s is r. With `scan`, three pyramids and more are a loop in training.
+    Without `pyramids` it is the plain PWAM fusion, and s is r. With `scan`, three pyramids and more are computed at once in training.
     """
 
     pyramids: Sequence[int] = (1, 2, 3, 6)
@@ -152,14 +152,14 @@ class ImageAlignment(nn.Module):
             ]
         pyramid, params = Pyramid(*fields, parent=None), self.variables["params"]
 
-        def run(_, params, y):
-            return None, pyramid.apply({"params": params}, y, words, word_mask)
+        def run(params, y):
+            return pyramid.apply({"params": params}, y, words, word_mask)
 
         # What becomes of a pixel depends on no other, so that there may be more of them.
         pixels, most = [size**2 for size in self.pyramids], max(self.pyramids) ** 2
         flat = [y.reshape(y.shape[0], -1, y.shape[-1]) for y in pooled]
         padded = jnp.stack([jnp.pad(y, ((0, 0), (0, most - y.shape[1]), (0, 0))) for y in flat])
-        _, fused = loop(run, None, [params[name] for name in names], padded)
+        fused = jax.vmap(run)(side_by_side([params[name] for name in names]), padded)
         return [y[:, :count] for y, count in zip(fused, pixels, strict=True)]
 
 

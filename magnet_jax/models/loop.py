@@ -1,4 +1,4 @@
-"""Layers of one kind as a loop, for a shorter program, which is loaded sooner."""
+"""Layers of one kind as a loop, or at once, for a shorter program, which is loaded sooner."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-LEAST = 3  # Rounds from which on a loop is worth it.
+LEAST = 3  # Layers from which on it is worth it.
+
+
+def side_by_side(parameters: Sequence[Any]) -> Any:
+    """Trees of one structure and of the same shapes as one, whose arrays have an entry for each."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parameters)
 
 
 def loop(step: Callable, carry: Any, rounds: Sequence[Any], xs: Any = None) -> tuple[Any, Any]:
     """`carry, output = step(carry, parameters, x)` for every round; the last carry, and outputs side by side.
 
-    rounds: the parameters of each, trees of one structure and of the same shapes, which are put side by side. xs: arrays
-    with an entry for each round, or None.
+    rounds: the parameters of each, see `side_by_side`. xs: arrays with an entry for each round, or None.
     """
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rounds)
-    return jax.lax.scan(lambda carry, of_round: step(carry, *of_round), carry, (stacked, xs))
+    return jax.lax.scan(lambda carry, of_round: step(carry, *of_round), carry, (side_by_side(rounds), xs))
