@@ -52,8 +52,8 @@ def get_config() -> ConfigDict:
     # layers, too).
     model.remat = ()
     model.remat_policy = "nothing"
-    # Rows of layers in the pixel decoder, the mask predictor, Swin and (in training) the pyramids: 'scan', loops, whose
-    # program is loaded sooner; 'unroll', one layer after the other in a longer program; 'auto', by the platform.
+    # Rows of layers in the pixel decoder, the mask predictor and Swin: 'scan', loops (and in training all pyramids at once),
+    # whose program is loaded sooner; 'unroll', one layer after the other in a longer program; 'auto', by the platform.
     model.layers = "auto"
     model.gate_init = "open"  # 'released': the published initial values, whose language gates never open.
     model.swin = swin = ConfigDict()  # Swin-B.
