@@ -110,7 +110,8 @@ class ImageAlignment(nn.Module):
     """Cross-modal Alignment Module, image side (paper figure 4).
 
     x `[B, H, W, C]`, words `[B, L, T]`, word_mask `[B, L]` -> (decoder feature s `[B, H, W, C]`, fused r `[B, H, W, C]`).
-    Without `pyramids` it is the plain PWAM fusion, and s is r. With `scan`, three pyramids and more are computed at once in training.
+    Without `pyramids` it is the plain PWAM fusion, and s is r. With `scan`, three pyramids and more are computed
+    at once in training.
     """
 
     pyramids: Sequence[int] = (1, 2, 3, 6)
