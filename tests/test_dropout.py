@@ -8,7 +8,8 @@ import pytest
 
 from magnet_jax.models import MaskGrounding
 from magnet_jax.models.bert import Bert, BertLayer
-from magnet_jax.models.layers import Dropout, drop, kept_by_dropout
+from magnet_jax.models.layers import Dropout, batch_split_by, drop, kept_by_dropout
+from magnet_jax.sharding import batch_sharding, make_mesh
 from tests.test_alignment import random_params
 
 SIZES = dict(vocab_size=9, hidden=8, heads=2, intermediate=12, splits=(1, 3), max_positions=6, dropout=0.25)
@@ -24,6 +25,21 @@ def test_kept_at_the_rate_and_for_each_example_alone():
     assert np.abs(examples - np.eye(40)).max() < 0.15  # 1500 draws each.
     # An example's do not depend on the others.
     np.testing.assert_array_equal(kept_by_dropout(jax.random.key(0), 0.25, (7, 3, 5, 100)), kept[:7])
+
+
+def test_each_device_draws_for_its_own_examples():
+    sharding = batch_sharding(make_mesh((("data", 2),), jax.devices()[:2]))
+
+    def dropped(x, key):
+        with batch_split_by(sharding, 16):
+            kept = kept_by_dropout(key, 0.1, (16, 5, 7, 32))
+            return sum(jnp.sin(drop(x, kept[:, i], 0.1)) for i in range(5))
+
+    x = jax.ShapeDtypeStruct((16, 7, 32), jnp.float32, sharding=sharding)
+    program = jax.jit(dropped).lower(x, jax.random.key(0)).compile().as_text()
+    assert "u32[8,5,7,32]" in program
+    assert "[16,5,7,32]" not in program
+    assert "all-gather" not in program
 
 
 def test_the_rest_is_rescaled():
