@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from magnet_jax.errors import UserError
@@ -114,8 +115,9 @@ def normalise(image: jax.Array) -> jax.Array:
 def build_model(config: ConfigDict, platform: str | None = None) -> nn.Module:
     """The network that `config.model` describes, in the forms that suit a platform ('cpu', 'tpu', ...; JAX's by default).
 
-    Raises `UserError` for an unknown name, field, form or dtype.
+    Raises `UserError` for an unknown name, field, form or dtype, and for a dropout that is no share.
     """
+    _check_dropout(config, "model", ("fusion_dropout", "swin.drop_path", "bert.dropout"))
     fields = config.to_dict()
     name, dtype = fields.pop("name"), fields.pop("dtype")
     if name not in MODELS:
@@ -174,6 +176,7 @@ def build_network(config: ConfigDict, platform: str | None = None) -> Network:
         )
     network = Network(model)
     if config.loss.grounding:
+        _check_dropout(config.grounding_head, "grounding_head", ("dropout",))
         fields = config.grounding_head.to_dict()
         stage = fields.pop("stage")
         if stage not in (1, 2, 3, 4):
@@ -183,6 +186,13 @@ def build_network(config: ConfigDict, platform: str | None = None) -> Network:
     if config.loss.alignment and not model.has_text_embedding:
         network = dataclasses.replace(network, text_projection=TextProjection(dtype))
     return network
+
+
+def _check_dropout(config: ConfigDict, section: str, names: tuple[str, ...]) -> None:
+    values = traverse_util.flatten_dict(config.to_dict(), sep=".")
+    for name in names:
+        if not 0 <= (rate := values.get(name, 0)) < 1:
+            raise UserError(f"config.{section}.{name} is {rate}; expected at least 0 and below 1")
 
 
 def _tuples(value):

@@ -45,10 +45,13 @@ def make_optimizer(
     """AdamW or Muon with global-norm clipping, weight decay by name and learning-rate multipliers by name.
 
     Muon moves the linear layers' matrices and Adam the rest. Returns the transformation, whose `update` may be told the
-    gradient's `norm`, and its schedule (before multipliers), which the log shows. Raises UserError for an unknown name.
+    gradient's `norm`, and its schedule (before multipliers), which the log shows. Raises UserError for an unknown name
+    and a negative norm.
     """
     if config.name not in ("adamw", "muon"):
         raise UserError(f"config.optimizer.name is '{config.name}'; expected 'adamw' or 'muon'")
+    if config.clip_norm < 0:
+        raise UserError(f"config.optimizer.clip_norm is {config.clip_norm}; expected a norm, or 0 for never")
     schedule = make_schedule(config, total_steps)
     movers = {"adam": optax.scale_by_adam(config.b1, config.b2, config.eps)}
     if config.name == "muon":

@@ -6,9 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import debug
+from magnet_jax.errors import UserError
 from magnet_jax.models import MaskGrounding
 from magnet_jax.models.bert import Bert, BertLayer
 from magnet_jax.models.layers import Dropout, batch_split_by, drop, kept_by_dropout
+from magnet_jax.network import build_network
 from magnet_jax.sharding import batch_sharding, make_mesh
 from tests.test_alignment import random_params
 
@@ -106,6 +109,18 @@ class Whole(nn.Module):
         for part in range(2):
             x = bert.layers(part, x, 0.0)
         return x
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [("model.bert", 1.0), ("model.swin", -0.1), ("model", 1.5), ("grounding_head", 1.0)],
+)
+def test_what_is_no_share_is_refused(name, rate):
+    config = debug.get_config()
+    field = {"model.swin": "drop_path", "model": "fusion_dropout"}.get(name, "dropout")
+    config.update_from_flattened_dict({f"{name}.{field}": rate})
+    with pytest.raises(UserError, match=f"config.{name}.{field} is {rate}; expected at least 0 and below 1"):
+        build_network(config)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

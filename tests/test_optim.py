@@ -49,6 +49,13 @@ def test_unknown_names_are_refused():
         make_optimizer(optimizer_config(name="sgd"), 10)
 
 
+def test_a_negative_norm_is_refused():
+    with pytest.raises(
+        UserError, match="config.optimizer.clip_norm is -1.0; expected a norm, or 0 for never"
+    ):
+        make_optimizer(optimizer_config(clip_norm=-1.0), 10)
+
+
 @pytest.mark.parametrize("flatten", [False, True])
 def test_three_steps_equal_adamw_written_out(flatten):
     config = optimizer_config(
