@@ -87,8 +87,6 @@ def make_train_step(
     batch_sharding: of the batch under `jax.jit`, which activations keep.
     """
 
-    tx = optax.with_extra_args_support(tx)
-
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = step_key(state.seed, state.step)
         size = len(batch["valid"])
