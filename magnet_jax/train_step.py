@@ -124,7 +124,9 @@ def make_train_step(
             metrics["learning_rate"] = schedule(state.step)
 
         with jax.named_scope("optimizer"):
-            updates, opt_state = tx.update(gradient, state.opt_state, state.params, norm=metrics["grad_norm"])
+            updates, opt_state = optax.with_extra_args_support(tx).update(
+                gradient, state.opt_state, state.params, norm=metrics["grad_norm"]
+            )
             params = optax.apply_updates(state.params, updates)
         new = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
         if ema:
