@@ -13,6 +13,7 @@ import pytest
 
 from configs import debug
 from magnet_jax.network import build_network
+from magnet_jax.optim import clip_by_global_norm
 from magnet_jax.sharding import batch_sharding, make_mesh, path_name, replicated
 from magnet_jax.total_loss import total_loss
 from magnet_jax.train_step import TrainState, init_state, make_eval_step, make_train_step
@@ -44,6 +45,16 @@ def step(params):
     config = loss_config(grounding_shared_pass=False)
     jitted = jax.jit(make_train_step(network, tx, config, lambda step: 0.5 * step))
     return jitted, TrainState(jnp.int32(0), params, {}, tx.init(params), jnp.uint32(0))
+
+
+def test_a_step_is_clipped_by_the_norm_of_its_gradient(params):
+    """Which the optimizer is told: the parameters move by what is left of it."""
+    tx = optax.chain(clip_by_global_norm(0.01), optax.sgd(1.0))
+    step = jax.jit(make_train_step(stand_in(), tx, loss_config(grounding_shared_pass=False)))
+    new, metrics = step(TrainState(jnp.int32(0), params, {}, tx.init(params), jnp.uint32(0)), BATCH)
+    assert metrics["grad_norm"] > 0.1
+    moved = optax.global_norm(jax.tree.map(jnp.subtract, new.params, params))
+    assert float(moved) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_step_descends_along_the_gradient(step):

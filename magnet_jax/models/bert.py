@@ -108,9 +108,11 @@ class Bert(nn.Module):
         return kept_by_dropout(self.make_rng("dropout"), self.dropout, shape)
 
     def embed(self, ids, kept=None):
+        """ids `[B, L]` -> `[B, L, T]`."""
         return self.embeddings(ids, None if kept is None else kept[:, 0])
 
     def layers(self, part: int, x, bias, kept=None):
+        """The layers of a part: x `[B, L, T]`, additive bias `[B, 1, 1, L]` -> `[B, L, T]`."""
         for i in range(self.splits[part - 1] if part else 0, self.splits[part]):
             x = self.layer[i](x, bias, None if kept is None else kept[:, 1 + 2 * i : 3 + 2 * i])
         return x

@@ -71,7 +71,6 @@ class MagNet(nn.Module):
         blind = self.closed_gates or not self.alignment  # Words do not depend on the picture.
         word_bias = attention_bias(text_mask)
         x = self.image.patch_embed(image)
-        # All of this step's random numbers.
         scales, kept = self.image.scales(image.shape[0], train=train), self.text.kept(text_ids, train=train)
         sentences = self.text.embed(text_ids, kept)
         stage_features, image_context, word_context = [], [], []
