@@ -73,8 +73,10 @@ class Predictor:
 
         `batch_size` pairs at a time, of several images where the sentences are few. What depends on the image alone is
         computed once for it, and what depends on the sentence alone once for a batch. Raises and warns as `predict`, and
-        ValueError where there is no sentence.
+        ValueError where there is no sentence, or one that is in no list.
         """
+        if isinstance(texts, str):
+            raise ValueError(f"texts is '{texts}'; give a list of sentences, even of one")
         if not texts:
             raise ValueError("texts is empty; give at least one sentence")
         ids, words = self._encode(texts)

@@ -138,6 +138,8 @@ def test_one_sentence_is_one_row():
         predictor.predict(image, TEXTS[:1])
         batch = output.call_args.args[1]
     assert [len(batch[key]) for key in ("image", "text_ids")] == [1, 1]
+    with pytest.raises(ValueError, match="texts is 'a ring'; give a list of sentences, even of one"):
+        predictor.predict(image, "a ring")
     with pytest.raises(ValueError, match="texts is empty"):
         predictor.predict(image, [])
 
