@@ -1,6 +1,7 @@
 """Deformable attention: all forms of sampling against loops and against each other, on one device and on two."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from magnet_jax.models import points
 from magnet_jax.models.deformable import DeformableAttention, fan_bias
 from magnet_jax.models.sampling import DENSE_PIXELS, FORMS, pixel_centres, sample
 from magnet_jax.sharding import make_mesh
@@ -119,6 +121,21 @@ def test_two_devices_equal_one(form):
     assert len(both[0].sharding.device_set) == 2
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(both), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_way_back_in_blocks_of_queries(devices, monkeypatch):
+    """Of seven queries, the last of them one too large."""
+    monkeypatch.setattr(points, "BLOCK", 100)
+    inputs = sampling_inputs(10, 2.0)
+    _, expected = value_and_gradients("gather")(*inputs)
+    split = jax.NamedSharding(make_mesh((("data", -1),), jax.devices()[:devices]), PartitionSpec("data"))
+    compiled = value_and_gradients.__wrapped__("points").lower(*jax.device_put(inputs, split)).compile()
+    assert len(re.findall(r"f32\[4,\d,7,2,6\]", compiled.as_text())) > 3
+    assert "all-" not in compiled.as_text()  # Each device has the blocks of its own pictures.
+    _, found = compiled(*jax.device_put(inputs, split))
+    for name, a, b in zip(("value", "x", "y", "weights"), found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
 
 
 def test_fan_of_initial_offsets():
