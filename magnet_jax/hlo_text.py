@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -14,6 +15,7 @@ _BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _CONTAINERS = ("while", "call", "conditional")  # Stand for other operations.
+_VIEWS = ("bitcast", "get-tuple-element", "tuple")  # Nothing is done for them.
 _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([\d,]*)\]")
 # Operations of a kind that takes time by itself; where the compiler says nothing of one, only its bytes are known.
 _SILENT = (
@@ -118,6 +120,28 @@ def operation_names(text: str) -> dict[str, list[str]]:
     }
 
 
+def readers(text: str) -> dict[str, set[str]]:
+    """The operations of a compiled module that read an operation's result, with no more than a view between them."""
+    users: dict[str, set[str]] = defaultdict(set)
+    views = set()
+    for line in itertools.chain(*_computations(text)[0].values()):
+        if match := _LINE.match(line):
+            operation = _operation(line)
+            if match[2] in _VIEWS:
+                views.add(operation)
+            for operand in _operands(match[3]):
+                users[operand].add(operation)
+
+    def of(operation: str) -> set[str]:
+        return set().union(*(of(user) if user in views else {user} for user in users.get(operation, ())))
+
+    return {operation: of(operation) for operation in users.keys() - views}
+
+
+def _operands(rest: str) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+
+
 def _operation(line: str) -> str:
     return line.split(" = ")[0].split("%")[-1].strip()
 
@@ -187,8 +211,7 @@ def _add_line(
     if cycles:
         total.cycles[name] += int(cycles[1])
     elif operation in _SILENT and not any(f'custom_call_target="{name}"' in rest for name in _FREE):
-        operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
-        total.silent_bytes[name] += size + sum(shapes.get(operand, 0) for operand in operands)
+        total.silent_bytes[name] += size + sum(shapes.get(operand, 0) for operand in _operands(rest))
 
 
 def _add_collective(total: Cost, operation: str, result: str, rest: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -9,16 +11,17 @@ from pathlib import Path
 
 import jax
 
-from magnet_jax.hlo_text import operation_names
+from magnet_jax.hlo_text import operation_names, readers
 
-# An operation belongs to the first part whose expression is found in its name, which the modules are in that it comes from.
+# An operation belongs to the first part whose expression is found in its name, which the modules are in that it comes from:
+# in a loop over layers those of the layer by their classes, which is all that is left of what the loop begins with.
 PARTS = (
     ("Mask Grounding", r"MaskGrounding"),
     ("optimizer", r"[/(]optimizer[/)]"),
     ("losses", r"[/(]losses[/)]|TextProjection|/lang_proj"),
-    ("deformable attention", r"/decoder/layer_\d+/attn"),
-    ("pixel decoder", r"/decoder/"),
-    ("mask predictor", r"/predictor/"),
+    ("deformable attention", r"(/decoder/layer_\d+|PixelDecoderLayer)/attn"),
+    ("pixel decoder", r"/decoder/|PixelDecoderLayer/"),
+    ("mask predictor", r"/predictor/|PredictorLayer/"),
     ("fusion (CAM)", r"/(image|text)_(fusion|gate|norm)"),
     ("BERT", r"/(embeddings|text)[/.]"),
     ("Swin stage 1", r"/stage_0/"),
@@ -50,7 +53,8 @@ def seconds_by_part(file: str | Path, hlo_text: str) -> dict[str, dict[str, floa
     the time in which any ran.
     """
     names = names_of_operations(hlo_text)
-    return by_part(shares(interval for interval in _events(file) if interval[2] in names), names)
+    events = _events(file, readers(hlo_text))
+    return by_part(shares(interval for interval in events if interval[2] in names), names)
 
 
 def by_part(seconds: Mapping[str, float], names: Mapping[str, str]) -> dict[str, dict[str, float]]:
@@ -98,11 +102,35 @@ def shares(intervals: Iterable[Interval]) -> dict[str, float]:
     return dict(totals)
 
 
-def _events(file: str | Path) -> Iterable[Interval]:
+def cut(intervals: Iterable[Interval], read_by: Mapping[str, Iterable[str]]) -> list[Interval]:
+    """The same of one device, none longer than until it runs again or an operation starts that reads its result."""
+    intervals = sorted(intervals)
+    starts: dict[str, list[float]] = defaultdict(list)
+    for start, _, operation in intervals:
+        starts[operation].append(start)
+
+    def next_start(operation: str, after: float) -> float:
+        later = starts.get(operation, ())
+        place = bisect.bisect_right(later, after)
+        return later[place] if place < len(later) else math.inf
+
+    return [
+        (
+            start,
+            min(end, *(next_start(other, start) for other in (operation, *read_by.get(operation, ())))),
+            operation,
+        )
+        for start, end, operation in intervals
+    ]
+
+
+def _events(file: str | Path, read_by: Mapping[str, Iterable[str]]) -> Iterable[Interval]:
     """Runs of operations in a profile."""
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-        ends = {}  # Work that goes on in other threads ends with an event of its own, with the number of its start.
-        starts = []
+        # Work that goes on in other threads ends with an event of its own, with the number of its start. It may come late:
+        # a thread that ends an operation goes on with those that waited for it, and tells of the end when there are none.
+        ends, exact = {}, []
+        starts: dict[int, list] = defaultdict(list)  # By device.
         for line in plane.lines:
             for event in line.events:
                 stats = dict(event.stats)
@@ -110,8 +138,14 @@ def _events(file: str | Path) -> Iterable[Interval]:
                     ends[stats.get("_c")] = event.start_ns
                 elif "hlo_op" in stats or line.name == "XLA Ops":  # The latter of a TPU.
                     operation = str(stats.get("hlo_op", event.name)).split(" = ")[0].lstrip("%")
-                    starts.append((event.start_ns, event.end_ns, operation, stats.get("_p")))
-        for start, end, operation, number in starts:
-            if number is not None:
-                end = max(end, ends.get(number, end))
-            yield start / 1e9, end / 1e9, operation
+                    interval = event.start_ns / 1e9, event.end_ns / 1e9, operation
+                    if "_p" in stats:
+                        starts[stats.get("device_ordinal")].append((*interval, stats["_p"]))
+                    else:
+                        exact.append(interval)
+        yield from exact
+        for runs in starts.values():
+            yield from cut(
+                ((start, max(end, ends.get(number, 0) / 1e9), name) for start, end, name, number in runs),
+                read_by,
+            )

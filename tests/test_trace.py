@@ -6,12 +6,49 @@ import numpy as np
 import pytest
 
 from magnet_jax import trace
+from magnet_jax.hlo_text import readers
 
 
 def test_time_in_which_several_run_is_divided():
     found = trace.shares([(0.0, 4.0, "a"), (1.0, 3.0, "b"), (2.0, 3.0, "b"), (6.0, 7.0, "a")])
     assert found == pytest.approx({"a": 1 + 1 / 2 + 1 / 3 + 1 + 1, "b": 1 / 2 + 2 / 3})
     assert sum(found.values()) == pytest.approx(4 + 1)
+
+
+def test_no_operation_is_longer_than_its_result_is_waited_for():
+    late = [
+        (0.0, 9.0, "a"),
+        (1.0, 9.0, "b"),
+        (2.0, 9.0, "a"),
+        (4.0, 5.0, "b"),
+        (4.5, 6.0, "c"),
+        (7.0, 9.0, "a"),
+    ]
+    found = trace.cut(late, {"a": {"b", "c"}, "b": {"d"}})
+    assert found == [(0, 1, "a"), (1, 4, "b"), (2, 4, "a"), (4, 5, "b"), (4.5, 6, "c"), (7, 9, "a")]
+
+
+def test_who_reads_a_result():
+    text = """
+%body (arguments: (f32[2], f32[2])) -> (f32[2], f32[2]) {
+  %arguments = (f32[2], f32[2]) parameter(0)
+  %a = f32[2] get-tuple-element(%arguments), index=0
+  %sum = f32[2] fusion(%a, %a), kind=kLoop, calls=%fused
+  %flat = f32[1,2] bitcast(%sum), metadata={op_name="x(%a), y"}
+  %product = f32[2] dot(%flat, %flat), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %result = (f32[2], f32[2]) tuple(%sum, %product)
+}
+
+ENTRY %main (b: f32[2]) -> f32[2] {
+  %b = f32[2] parameter(0)
+  %start = f32[2] copy(%b)
+  %both = (f32[2], f32[2]) tuple(%start, %b)
+  %loop = (f32[2], f32[2]) while(%both), condition=%condition, body=%body
+  ROOT %end = f32[2] get-tuple-element(%loop), index=0
+}
+"""
+    expected = {"arguments": {"sum"}, "sum": {"product"}, "product": set()}
+    assert readers(text) == expected | {"b": {"start", "loop"}, "start": {"loop"}, "loop": set()}
 
 
 def test_a_fusion_belongs_to_what_is_within_it():
@@ -28,7 +65,14 @@ def test_a_fusion_belongs_to_what_is_within_it():
         ("jit(train_step)/transpose(jvp(MagNet))/text.layers/layer_0/fc1/dot", "BERT"),
         ("jit(train_step)/jvp(MagNet)/embeddings/word/jit(_take)/gather", "BERT"),
         ("jit(train_step)/jvp(MagNet)/decoder/layer_3/attn/while/body/add", "deformable attention"),
+        (
+            "jit(gradient)/transpose(jvp(MagNet))/decoder/while/body/closed_call/PixelDecoderLayer/attn/dot",
+            "deformable attention",
+        ),
+        ("jit(gradient)/PixelDecoderLayer/attn/broadcast_in_dim", "deformable attention"),
         ("jit(train_step)/jvp(MagNet)/decoder/layer_3/fc1/dot", "pixel decoder"),
+        ("PixelDecoderLayer/norm2/reduce_sum", "pixel decoder"),
+        ("PredictorLayer/cross_attn/reduce_max", "mask predictor"),
         ("jit(train_step)/jvp(Lavt)/stage_2/block_11/attn/qkv/dot", "Swin stage 3"),
         ("jit(train_step)/jvp(MagNet)/merge_1/reduction/dot", "Swin patches"),
         ("jit(train_step)/jvp(MaskGrounding)/layer_0/fc1/dot", "Mask Grounding"),
