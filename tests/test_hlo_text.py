@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from magnet_jax.hlo_text import cost, operation_names
+from magnet_jax.hlo_text import cost, operation_names, readers
 
 TEXT = """HloModule jit_step, entry_computation_layout={}
 
@@ -183,3 +183,26 @@ def test_names_of_operations():
     assert [name.split("/")[-2:] for name in names["dot.1"]] == [["attn", "dot"]]
     assert names["copy.1"] == [""]
     assert "while.1" not in names  # What it runs has events of its own.
+
+
+def test_who_reads_a_result():
+    text = """
+%body (arguments: (f32[2], f32[2])) -> (f32[2], f32[2]) {
+  %arguments = (f32[2], f32[2]) parameter(0)
+  %a = f32[2] get-tuple-element(%arguments), index=0
+  %sum = f32[2] fusion(%a, %a), kind=kLoop, calls=%fused
+  %flat = f32[1,2] bitcast(%sum), metadata={op_name="x(%a), y"}
+  %product = f32[2] dot(%flat, %flat), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %result = (f32[2], f32[2]) tuple(%sum, %product)
+}
+
+ENTRY %main (b: f32[2]) -> f32[2] {
+  %b = f32[2] parameter(0)
+  %start = f32[2] copy(%b)
+  %both = (f32[2], f32[2]) tuple(%start, %b)
+  %loop = (f32[2], f32[2]) while(%both), condition=%condition, body=%body
+  ROOT %end = f32[2] get-tuple-element(%loop), index=0
+}
+"""
+    expected = {"arguments": {"sum"}, "sum": {"product"}, "product": set()}
+    assert readers(text) == expected | {"b": {"start", "loop"}, "start": {"loop"}, "loop": set()}

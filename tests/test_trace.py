@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from magnet_jax import trace
-from magnet_jax.hlo_text import readers
 
 
 def test_time_in_which_several_run_is_divided():
@@ -26,29 +25,6 @@ def test_no_operation_is_longer_than_its_result_is_waited_for():
     ]
     found = trace.cut(late, {"a": {"b", "c"}, "b": {"d"}})
     assert found == [(0, 1, "a"), (1, 4, "b"), (2, 4, "a"), (4, 5, "b"), (4.5, 6, "c"), (7, 9, "a")]
-
-
-def test_who_reads_a_result():
-    text = """
-%body (arguments: (f32[2], f32[2])) -> (f32[2], f32[2]) {
-  %arguments = (f32[2], f32[2]) parameter(0)
-  %a = f32[2] get-tuple-element(%arguments), index=0
-  %sum = f32[2] fusion(%a, %a), kind=kLoop, calls=%fused
-  %flat = f32[1,2] bitcast(%sum), metadata={op_name="x(%a), y"}
-  %product = f32[2] dot(%flat, %flat), lhs_contracting_dims={1}, rhs_contracting_dims={1}
-  ROOT %result = (f32[2], f32[2]) tuple(%sum, %product)
-}
-
-ENTRY %main (b: f32[2]) -> f32[2] {
-  %b = f32[2] parameter(0)
-  %start = f32[2] copy(%b)
-  %both = (f32[2], f32[2]) tuple(%start, %b)
-  %loop = (f32[2], f32[2]) while(%both), condition=%condition, body=%body
-  ROOT %end = f32[2] get-tuple-element(%loop), index=0
-}
-"""
-    expected = {"arguments": {"sum"}, "sum": {"product"}, "product": set()}
-    assert readers(text) == expected | {"b": {"start", "loop"}, "start": {"loop"}, "loop": set()}
 
 
 def test_a_fusion_belongs_to_what_is_within_it():
