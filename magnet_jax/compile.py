@@ -22,6 +22,9 @@ from magnet_jax.sharding import make_mesh
 from magnet_jax.trace import by_part, names_of_operations, part_of
 from magnet_jax.workdir import write_json
 
+# What `quick` asks of the compiler. Since 0.12 JAX takes the numbers of levels alone, of which 19 is O1; before, any number.
+QUICK = 19 if jax.__version_info__ >= (0, 12) else 1
+
 
 def compile_for(
     config: ConfigDict, topology: str, step: str = "train", quick: bool = False
@@ -76,7 +79,7 @@ def _compile(
     lowered: jax.stages.Lowered, platform: str, quick: bool
 ) -> tuple[jax.stages.Compiled, str, dict[str, int]]:
     """The compiled program, its text, and the cycles of kernels of ours in it."""
-    options: dict[str, Any] = {"optimization_level": 1} if quick else {}
+    options: dict[str, Any] = {"optimization_level": QUICK} if quick else {}
     if platform != "tpu":
         compiled = lowered.compile(compiler_options=options)
         return compiled, compiled.as_text(), {}

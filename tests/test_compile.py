@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from magnet_jax import hardware, programs
-from magnet_jax.compile import HEADER, _of_compiled, compile_all, compile_for, line
+from magnet_jax.compile import HEADER, QUICK, _of_compiled, compile_all, compile_for, line
 from magnet_jax.errors import UserError
 from magnet_jax.network import Network
 from magnet_jax.programs import complete
@@ -66,7 +66,7 @@ def test_quick_asks_for_less_optimisation_and_tells_no_time():
         lambda self, compiler_options: options.append(compiler_options) or compile_(self, compiler_options),
     ):
         quick, whole = (compile_for(ready(), "cpu:2", "train", quick) for quick in (True, False))
-    assert options == [{"optimization_level": 1}, {}]
+    assert options == [{"optimization_level": QUICK}, {}]
     assert quick["wire_bytes"] == whole["wire_bytes"]
     assert quick["bytes"]["arguments"] == whole["bytes"]["arguments"]
     sizes = {f"{kind}_size_in_bytes": 0 for kind in ("argument", "output", "temp", "generated_code", "alias")}
