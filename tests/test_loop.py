@@ -23,12 +23,18 @@ def normal(*shape):
 
 WORDS, WORD_MASK = normal(2, 5, 8), np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], np.int32)
 MAPS = [normal(2, size, size, 8) for size in (1, 2, 4, 8)]  # coarse to fine
+WIDE_MAP = normal(
+    2, 8, 8, 32
+)  # A pyramid has a quarter of its channels: of two, normalised, little but signs is left.
 
 
 def image_alignment(**fields):
-    # None of one pixel: instance normalisation makes 300 times as much of its rounding.
-    module = ImageAlignment(pyramids=(2, 3, 4), heads=2, **fields)
-    return module, lambda module, x, words, train: module(x, words, WORD_MASK, train=train), (MAPS[3], WORDS)
+    module = ImageAlignment(pyramids=(1, 2, 3), heads=2, **fields)
+
+    def run(module, x, words, train):  # So many numbers have gradients of up to 80 in their sum.
+        return [y / 32 for y in module(x, words, WORD_MASK, train=train)]
+
+    return module, run, (WIDE_MAP, WORDS)
 
 
 def pixel_decoder(**fields):
