@@ -23,9 +23,8 @@ def normal(*shape):
 
 WORDS, WORD_MASK = normal(2, 5, 8), np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], np.int32)
 MAPS = [normal(2, size, size, 8) for size in (1, 2, 4, 8)]  # coarse to fine
-WIDE_MAP = normal(
-    2, 8, 8, 32
-)  # A pyramid has a quarter of its channels: of two, normalised, little but signs is left.
+# A pyramid has a quarter of its channels: of two, normalised, little but signs would be left.
+WIDE_MAP = normal(2, 8, 8, 32)
 
 
 def image_alignment(**fields):
